@@ -1,0 +1,1 @@
+"""The SDK of Penstock. Needs grpcio and protobuf only."""

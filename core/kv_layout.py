@@ -1,0 +1,39 @@
+"""What the K and V of a worker look like: two workers pair only where these agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape of the KV cache of one model on one worker. `fingerprint` is of its config and weights."""
+
+    model: str
+    fingerprint: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    dtype: str
+
+    @property
+    def bytes_per_token_per_layer(self) -> int:
+        return 2 * self.num_kv_heads * self.head_size * _ITEM_BYTES[self.dtype]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.bytes_per_token_per_layer * self.num_layers * self.block_size
+
+    def mismatch(self, other: KVLayout) -> str | None:
+        """Why KV of `self` can't be used as KV of `other`, or None where it can.
+
+        Block sizes may differ: segments are ranges of tokens, not of blocks.
+        """
+        for f in fields(self):
+            ours, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name not in ("block_size", "model") and ours != theirs:
+                return f"{f.name}: {ours} on one side, {theirs} on the other"
+        return None

@@ -1,0 +1,95 @@
+"""One request, from the front door to the last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from core.errors import IntegrityError
+from core.sampling import SamplingParams
+
+
+class FinishReason(Enum):
+    """Why a request ended by itself. Cancel and failure are not among them: they are errors."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class RequestState(Enum):
+    """Where a request stands with a scheduler.
+
+    ```
+    WAITING ──▶ RUNNING ──▶ HELD (prefilled, blocks kept for a transfer) ──▶ FINISHED
+       ▲          │  ▲
+       └─preempt──┘  └── HELD (reserved on the decode side, waits for its KV)
+    any state ──▶ FINISHED
+    ```
+    """
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    HELD = "held"
+    FINISHED = "finished"
+
+
+_NEXT = {
+    RequestState.WAITING: {RequestState.RUNNING, RequestState.HELD, RequestState.FINISHED},
+    RequestState.RUNNING: {RequestState.WAITING, RequestState.HELD, RequestState.FINISHED},
+    RequestState.HELD: {RequestState.RUNNING, RequestState.FINISHED},
+    RequestState.FINISHED: set(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request and its progress.
+
+    `prompt_token_ids` is what must be prefilled; a resumed request's ends with tokens already streamed, and
+    `num_prompt_tokens` says where the client's own prompt ended. `output_token_ids` are those drawn since.
+    `num_computed_tokens` counts the positions whose K and V are in the cache.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    num_prompt_tokens: int = -1
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    state: RequestState = RequestState.WAITING
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_prompt_tokens < 0:
+            self.num_prompt_tokens = len(self.prompt_token_ids)
+
+    def advance(self, state: RequestState) -> None:
+        """Move to `state`; `IntegrityError` where the automaton has no such edge."""
+        if state not in _NEXT[self.state]:
+            raise IntegrityError(f"request {self.request_id}: no way from {self.state.name} to {state.name}")
+        self.state = state
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens from the client's point of view: those before a resume count too."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens at positions [start, end) of prompt and output together."""
+        num_prompt = len(self.prompt_token_ids)
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        return self.prompt_token_ids[start:] + self.output_token_ids[max(0, start - num_prompt) : end - num_prompt]
+
+    def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
+        """Take a drawn token; returns (and keeps) the reason if it ends the request."""
+        self.output_token_ids.append(token_id)
+        if token_id in self.sampling.stop_token_ids and self.num_output_tokens > self.sampling.min_tokens:
+            self.finish_reason = FinishReason.STOP
+        elif self.num_output_tokens >= self.sampling.max_tokens or self.num_tokens >= max_model_len:
+            self.finish_reason = FinishReason.LENGTH
+        return self.finish_reason

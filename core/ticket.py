@@ -1,0 +1,111 @@
+"""Tickets, segments and commit records: what the two sides of a KV transfer agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+AttemptKey = tuple[str, int]
+"""`(transfer_id, attempt)`: what makes a command idempotent and a late message recognisable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Minted by the router for one attempt at one request on one pair. Equal incarnations mean: no transfer."""
+
+    request_id: str
+    attempt: int
+    transfer_id: str
+    prefill_incarnation: str
+    decode_incarnation: str
+    pair_epoch: int
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.transfer_id, self.attempt
+
+    @property
+    def local(self) -> bool:
+        return self.prefill_incarnation == self.decode_incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """K and V of one layer, a range of KV heads, and a range of token positions. Payload `[2, T, K, D]`, contiguous."""
+
+    layer: int
+    kv_head_start: int
+    kv_head_end: int
+    token_start: int
+    token_end: int
+    sender_rank: int = 0
+    receiver_rank: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_end - self.token_start
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRecord:
+    """A segment as it left: bytes, and the checksum of its payload (`kernels.checksum`)."""
+
+    segment: Segment
+    num_bytes: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRecord:
+    """All that the prefill side sent for one attempt. Decode joins only if what it received equals this."""
+
+    segments: tuple[SegmentRecord, ...]
+    num_tokens: int
+    num_skipped_tokens: int = 0
+    skipped_prefix_hash: bytes = b""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.num_bytes for record in self.segments)
+
+    def gap(self, num_layers: int, num_kv_heads: int) -> str | None:
+        """What is not covered of `num_layers` x `num_kv_heads` x [num_skipped_tokens, num_tokens), or None."""
+        need = (self.num_tokens - self.num_skipped_tokens) * num_kv_heads
+        for layer in range(num_layers):
+            cells = 0
+            spans: list[tuple[int, int, int, int]] = []
+            for record in self.segments:
+                s = record.segment
+                if s.layer != layer:
+                    continue
+                if not (
+                    self.num_skipped_tokens <= s.token_start < s.token_end <= self.num_tokens
+                    and 0 <= s.kv_head_start < s.kv_head_end <= num_kv_heads
+                ):
+                    return f"layer {layer}: a segment outside of the transfer: {s}"
+                spans.append((s.token_start, s.token_end, s.kv_head_start, s.kv_head_end))
+                cells += s.num_tokens * (s.kv_head_end - s.kv_head_start)
+            if overlap(spans):
+                return f"layer {layer}: segments overlap"
+            if cells != need:
+                return f"layer {layer}: {cells} of {need} (token, KV head) cells"
+        return None
+
+
+def overlap(spans: Sequence[tuple[int, int, int, int]]) -> bool:
+    """Whether any two half-open rectangles (token start, token end, head start, head end) share a cell."""
+    ordered = sorted(spans)
+    for i, (_, end, head, head_end) in enumerate(ordered):
+        for other in ordered[i + 1 :]:
+            if other[0] >= end:
+                break
+            if other[2] < head_end and head < other[3]:
+                return True
+    return False
+
+
+def prefix_hash(token_ids: Sequence[int]) -> bytes:
+    """Identity of a prefix of tokens: 16 bytes of BLAKE2b over the token ids as little-endian uint32."""
+    return hashlib.blake2b(struct.pack(f"<{len(token_ids)}I", *token_ids), digest_size=16).digest()

@@ -1,0 +1,65 @@
+"""What one step computes. No prefill or decode mode: a mixed step is just a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.request import FinishReason, Request
+from core.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEntry:
+    """Compute `token_ids` of a request at positions [start, start + len(token_ids)), K and V going into `block_ids`.
+
+    `block_ids[i]` holds positions [i * block_size, (i + 1) * block_size) of the request. Where `sampling` is set, the
+    logits of the last token are sampled with it; the drawn token stands at position `start + len(token_ids)`.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    start: int
+    block_ids: tuple[int, ...]
+    sampling: SamplingParams | None
+    num_output_tokens: int = 0
+    """Output tokens drawn before this step: while below `min_tokens`, stop tokens can't be drawn."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: self-contained, so that it can be sent to the other ranks of a group as it is."""
+
+    entries: tuple[PlanEntry, ...]
+    preempted: tuple[str, ...] = ()
+    """Requests whose blocks were taken back to make room; they wait again."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.entries)
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Tokens drawn by a step: request id to token id, one for each entry with `sampling`."""
+
+    token_ids: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step meant for one request that drew a token."""
+
+    request: Request
+    token_id: int
+    finish_reason: FinishReason | None
