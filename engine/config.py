@@ -1,0 +1,46 @@
+"""Limits and sizes of one engine, as a user writes them. What is measured at run time lives elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Names and meanings are those that vLLM's users know."""
+
+    block_size: int = 16
+    """Tokens a KV block holds."""
+    num_blocks: int | None = None
+    """KV blocks; by default as many as `kv_cache_memory_gib` (CPU) or `gpu_memory_utilization` (GPU) allow."""
+    kv_cache_memory_gib: float = 1.0
+    """Memory for the KV cache on CPU, in GiB."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, activations and KV cache may take together."""
+    max_num_batched_tokens: int = 512
+    """Tokens one step may compute; longer prompts are prefilled in chunks."""
+    max_num_seqs: int = 64
+    """Requests a worker may hold at once."""
+    max_model_len: int | None = None
+    """Prompt and output together, in tokens; by default what the checkpoint says."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights, activations and KV; auto is float32 on CPU and the checkpoint's own on a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = None
+    """CPU threads for compute; by default the cores of the process, shared among the workers of the host."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"engine.{name}", getattr(self, name), "must be >= 1")
+        for name in ("num_blocks", "max_model_len", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"engine.{name}", value, "must be >= 1, or left out")
+        if not self.kv_cache_memory_gib > 0:
+            raise ConfigError("engine.kv_cache_memory_gib", self.kv_cache_memory_gib, "must be > 0")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError("engine.gpu_memory_utilization", self.gpu_memory_utilization, "must be in (0, 1]")
