@@ -239,6 +239,7 @@ class Load(google.protobuf.message.Message):
     NUM_FREE_BLOCKS_FIELD_NUMBER: builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: builtins.int
     NUM_WAITING_TOKENS_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_held: builtins.int
@@ -246,6 +247,8 @@ class Load(google.protobuf.message.Message):
     num_preemptions: builtins.int
     num_waiting_tokens: builtins.int
     """prompt tokens not yet computed"""
+    draining: builtins.bool
+    """takes no new work; what it has goes on"""
     def __init__(
         self,
         *,
@@ -255,8 +258,9 @@ class Load(google.protobuf.message.Message):
         num_free_blocks: builtins.int = ...,
         num_preemptions: builtins.int = ...,
         num_waiting_tokens: builtins.int = ...,
+        draining: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
 
