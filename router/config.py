@@ -1,0 +1,101 @@
+"""Limits and patience of the router, as a user writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """How the router keeps in touch with workers. All in seconds."""
+
+    heartbeat_interval_s: float = 1.0
+    """Between two heartbeats to a worker; each renews the leases of what the router still wants."""
+    dead_after_s: float = 5.0
+    """A session that brought nothing for so long is dead. Workers speak at least once a second."""
+    connect_timeout_s: float = 5.0
+    """For dialling a worker, up to its hello."""
+    reconnect_backoff_s: float = 0.2
+    """First wait after a lost session; doubles at each failure."""
+    max_reconnect_backoff_s: float = 2.0
+    """Longest wait between two attempts to reach a worker."""
+    forget_after_s: float = 15.0
+    """A worker that is out of reach and has not registered for so long is forgotten."""
+    pair_timeout_s: float = 15.0
+    """For both workers of a pair to report its channel up."""
+    pair_backoff_s: float = 0.2
+    """First wait after a pair went down; doubles at each failure."""
+    max_pair_backoff_s: float = 5.0
+    """Longest wait between two attempts to bring a pair up."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "router.sessions")
+        if self.dead_after_s <= self.heartbeat_interval_s:
+            raise ConfigError(
+                "router.sessions.dead_after_s",
+                self.dead_after_s,
+                f"must be longer than heartbeat_interval_s = {self.heartbeat_interval_s}",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchConfig:
+    """How the router queues, places and recovers requests."""
+
+    max_queue_len: int = 1024
+    """Requests that may wait for a worker; further ones are refused with a time to retry after."""
+    max_attempts: int = 3
+    """Attempts at one request, the first included, before its failure reaches the client."""
+    stream_buffer_tokens: int = 4096
+    """Tokens kept for a client that reads slower than they come; beyond, its request is cancelled."""
+    prompt_part_tokens: int = 4096
+    """Longer prompts go to workers in parts of this many tokens, so that a cancel never waits behind one."""
+    unavailable_timeout_s: float = 30.0
+    """How long a request waits while no worker could serve it at all, in seconds."""
+    reserve_timeout_s: float = 5.0
+    """For a decode worker to answer a reservation, in seconds."""
+    accept_deadline_s: float = 10.0
+    """For the last KV segment to reach a decode worker after the first token, in seconds."""
+    accept_timeout_s: float = 15.0
+    """For a decode worker to say that it took over, in seconds; longer than `accept_deadline_s`."""
+    release_timeout_s: float = 10.0
+    """For a worker to confirm that it let go, in seconds. By then the lease, no longer renewed, has run out."""
+    stats_grace_s: float = 0.05
+    """How long the end of a very short answer waits for its transfer's figures, in seconds."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "router.dispatch")
+        if self.accept_timeout_s < self.accept_deadline_s:
+            raise ConfigError(
+                "router.dispatch.accept_timeout_s",
+                self.accept_timeout_s,
+                f"must be at least accept_deadline_s = {self.accept_deadline_s}",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Where the router listens, and its limits. Port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on, for clients and workers alike."""
+    grpc_port: int = 50051
+    """gRPC: Inference for clients, Registry for workers."""
+    http_port: int = 8000
+    """HTTP: the OpenAI API, /health and /metrics."""
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    sessions: SessionConfig = field(default_factory=SessionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("grpc_port", "http_port"):
+            if not 0 <= getattr(self, name) < 65536:
+                raise ConfigError(f"router.{name}", getattr(self, name), "must be a port, or 0 for a free one")
+
+
+def check_positive(config: SessionConfig | DispatchConfig, path: str) -> None:
+    """`ConfigError` unless every field is above zero."""
+    for f in fields(config):
+        if not getattr(config, f.name) > 0:
+            raise ConfigError(f"{path}.{f.name}", getattr(config, f.name), "must be > 0")
