@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from core.errors import CheckpointError, InvalidRequestError
+from text.chat_template import ChatMessage, ChatTemplate, template_source
+
+CHAT = [
+    ChatMessage("system", "Be brief."),
+    ChatMessage("user", "Où est l'eau <b>?"),
+    ChatMessage("assistant", " Là. "),
+    ChatMessage("user", "水"),
+]
+
+CHATML = """
+{%- for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+BLOCKS = """{% if tools is not none %}
+  tools
+{% endif %}
+{{ bos_token }}
+  {% for message in messages %}
+    {% if message.role == 'system' %}
+      {% continue %}
+    {% endif %}
+    {% generation %}
+{{ message | tojson }}{{ eos_token }}
+    {% endgeneration %}
+  {% endfor %}
+{{ unk_token }}{% set ns = namespace(count=0) %}{% for m in messages %}{% set ns.count = ns.count + 1 %}{% endfor %}
+{{ ns.count }} {{ messages[1:] | map(attribute='role') | join(',') }} {{ {'b': 1, 'a': [1]} | tojson(indent=2) }}
+"""
+
+
+def make(source: str) -> ChatTemplate:
+    return ChatTemplate(
+        source,
+        origin="x/chat_template.jinja",
+        special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
+        now=lambda: datetime(2026, 3, 1),
+    )
+
+
+@pytest.mark.parametrize("source", [CHATML, BLOCKS], ids=["chatml", "blocks"])
+def test_renders_what_transformers_renders(source: str) -> None:
+    turns = [{"role": message.role, "content": message.content} for message in CHAT]
+    rendered: Any = render_jinja_template(
+        [turns], chat_template=source, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+    )
+    assert [make(source).render(CHAT)] == rendered[0]
+
+
+def test_dates_come_from_the_clock_given() -> None:
+    assert make("{{ strftime_now('%d %b %Y') }}").render(CHAT) == "01 Mar 2026"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{{ raise_exception('Roles must alternate.') }}", "Roles must alternate"),
+        ("{{ messages[9].content }}", "no element 9"),
+        ("{{ messages[0].content + 1 }}", "str"),
+        ("{{ messages[0].__class__.__mro__ }}", "unsafe"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{{ messages.append(1) }}", "unsafe"),
+    ],
+)
+def test_a_template_that_refuses_names_the_field_messages(source: str, says: str) -> None:
+    with pytest.raises(InvalidRequestError, match=says) as error:
+        make(source).render(CHAT)
+    assert error.value.field == "messages"
+
+
+def test_a_broken_template_names_file_and_line() -> None:
+    with pytest.raises(CheckpointError, match=r"x/chat_template\.jinja: chat template, line 2: "):
+        make("\n{% for %}")
+
+
+def test_of_named_templates_the_default_is_taken() -> None:
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert template_source({"chat_template": named}, "c.json") == "d"
+    assert template_source({"chat_template": named[:1]}, "c.json") == "t"
+    assert template_source({"chat_template": "s"}, "c.json") == "s"
+    assert template_source({}, "c.json") is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [7, [], [{"name": "default"}], [{"name": "a", "template": "1"}, {"name": "b", "template": "2"}]],
+)
+def test_a_config_without_a_usable_template_is_refused(value: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"c\.json: chat_template"):
+        template_source({"chat_template": value}, "c.json")
