@@ -31,6 +31,12 @@ class Ticket:
         return self.prefill_incarnation == self.decode_incarnation
 
 
+def engine_id(key: AttemptKey) -> str:
+    """A scheduler's name of an attempt: attempts at one request are requests of their own to an engine."""
+    transfer_id, attempt = key
+    return f"{transfer_id}/{attempt}"
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """K and V of one layer, a range of KV heads, and a range of token positions. Payload `[2, T, K, D]`, contiguous."""
