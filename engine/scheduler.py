@@ -1,0 +1,295 @@
+"""What the next step computes: continuous batching under a token budget, long prompts in chunks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from types import MappingProxyType
+
+from core.errors import ConfigError, IntegrityError, InvalidRequestError
+from core.request import Request, RequestState
+from engine.block_pool import BlockPool
+from engine.plan import Plan, PlanEntry, StepOutput, StepResult
+
+_NOTHING = Plan(entries=())
+
+
+class Scheduler:
+    """Turns requests into plans, one step after the other. Deterministic: equal calls give equal plans.
+
+    A step is `schedule()`, then the computation, then `update()` (or `abandon()`, where the computation failed). In
+    between, every other method may be called.
+
+    **Order.** Running requests that miss one token come first, then prefills, oldest first; then the waiting are
+    admitted, first come, first served. A request is admitted only when blocks for all its known tokens and one more
+    are free, and takes them at once: a prefill never runs out midway, only decoding grows. Where it can't, the
+    youngest running request is preempted: it loses its blocks, goes to the head of the queue, and later computes all
+    its known tokens anew. One added as `prefill_only` is never preempted: its K and V may be on their way already.
+
+    **Ownership.** The scheduler alone allocates and frees blocks of the pool:
+
+    | state    | holds                                  | until                                           |
+    |----------|----------------------------------------|-------------------------------------------------|
+    | WAITING  | nothing                                | `schedule` admits it                            |
+    | RUNNING  | blocks of its known tokens             | `update` ends it, or `schedule` preempts it     |
+    | HELD     | blocks of its prompt and one token     | `join` (if reserved), `release` (if prefilled)  |
+    | FINISHED | nothing; it is not in `requests` then  |                                                 |
+
+    `release` is legal in every state and frees at once, unless the step in progress may still write into the blocks:
+    then they are free when the step ends. A HELD request stays until its owner acts: no time limit is kept here.
+
+    **Progress.** The oldest running request is preempted only where held and prefill_only ones leave it no room, and
+    every request fits into an empty pool. So all requests end, given that the held ones are joined or released.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+        if max_model_len > pool.num_blocks * pool.block_size:
+            raise ConfigError("engine.max_model_len", max_model_len, f"must fit into {pool.num_blocks} KV blocks")
+        self._pool = pool
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        self._max_model_len = max_model_len
+        self._requests: dict[str, Request] = {}  # in the order of their arrival
+        self._waiting: deque[Request] = deque()
+        self._prefill_only: set[str] = set()
+        self._plan = _NOTHING  # of the step in progress
+        self._in_step: dict[str, Request] = {}  # its requests, without those released meanwhile
+        self._num_preemptions = 0
+
+    @property
+    def requests(self) -> Mapping[str, Request]:
+        """All that are not finished, oldest first."""
+        return MappingProxyType(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._in_state(RequestState.RUNNING))
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_held(self) -> int:
+        return len(self._in_state(RequestState.HELD))
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that wait to be prefilled, after a preemption too."""
+        prefilling = (r for r in self._in_state(RequestState.RUNNING) if _num_missing(r) > 1)
+        return sum(_num_missing(request) for request in chain(self._waiting, prefilling))
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._num_preemptions
+
+    def add(self, request: Request, *, prefill_only: bool = False) -> None:
+        """Queue a new request. With `prefill_only` it stops after its first token and is HELD until it is released."""
+        self._check_new(request)
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+        if prefill_only:
+            self._prefill_only.add(request.request_id)
+
+    def reserve(self, request: Request) -> bool:
+        """Hold room for a request whose prompt is prefilled elsewhere. False where there is none: nothing is held then.
+
+        Those that wait come first: room is what would be left if all of them had been admitted.
+        """
+        self._check_new(request)
+        num_blocks = sum(self._pool.num_blocks_for(r.num_tokens + 1) for r in (*self._waiting, request))
+        if len(self._requests) >= self._max_num_seqs or num_blocks > self._pool.num_free_blocks:
+            return False
+        self._pool.allocate(request.request_id, request.num_tokens + 1)
+        request.advance(RequestState.HELD)
+        self._requests[request.request_id] = request
+        return True
+
+    def join(self, request_id: str, first_token_id: int) -> StepOutput:
+        """K and V of a reserved request's prompt stand in its blocks: from the next step on it decodes.
+
+        Raises `IntegrityError` where the request is not reserved.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.state is not RequestState.HELD or request_id in self._prefill_only:
+            raise IntegrityError(f"request {request_id} can't join: it is not reserved")
+        request.num_computed_tokens = len(request.prompt_token_ids)
+        request.advance(RequestState.RUNNING)
+        return self._take(request, first_token_id)
+
+    def schedule(self) -> Plan:
+        """Begin a step. Falsy where there is nothing to compute: then there is nothing to update either."""
+        if self._plan:
+            raise IntegrityError("the step in progress was neither updated nor abandoned")
+        entries: list[PlanEntry] = []
+        preempted: list[str] = []
+        prefilling: list[Request] = []
+        budget = self._max_num_batched_tokens
+        for request in (r for r in self._requests.values() if r.state is RequestState.RUNNING):
+            if _num_missing(request) > 1:
+                prefilling.append(request)
+            elif budget and self._grow(request, preempted):
+                entries.append(self._entry(request, 1))
+                budget -= 1
+        prefills = chain((r for r in prefilling if r.state is RequestState.RUNNING), self._admit())
+        while budget and (prefill := next(prefills, None)) is not None:
+            entries.append(self._entry(prefill, min(budget, _num_missing(prefill))))
+            budget -= entries[-1].num_tokens
+        self._plan = Plan(tuple(entries), tuple(preempted))
+        self._in_step = {entry.request_id: self._requests[entry.request_id] for entry in entries}
+        return self._plan
+
+    def update(self, plan: Plan, result: StepResult) -> list[StepOutput]:
+        """End the step: `plan` was computed and drew `result`. Requests released meanwhile are passed over."""
+        outputs: list[StepOutput] = []
+        for entry, request in self._end_step(plan):
+            request.num_computed_tokens = entry.end
+            if entry.sampling is not None:
+                outputs.append(self._take(request, result.token_ids[entry.request_id]))
+        return outputs
+
+    def abandon(self, plan: Plan) -> list[Request]:
+        """End the step: its computation failed. Releases its requests and returns them."""
+        requests = [request for _, request in self._end_step(plan)]
+        for request in requests:
+            self.release(request.request_id)
+        return requests
+
+    def release(self, request_id: str) -> bool:
+        """Drop a request, whatever its state. False where it is unknown, finished, or released before."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        if request.state is RequestState.WAITING:
+            self._waiting.remove(request)
+        self._finish(request)
+        return True
+
+    def check_integrity(self) -> None:
+        """`IntegrityError` where requests, queue, and blocks don't agree."""
+        for request_id, request in self._requests.items():
+            if request.request_id != request_id or not self._is_sound(request):
+                raise IntegrityError(
+                    f"request {request_id}, {request.state.name}: {len(self._pool.table(request_id))} blocks for "
+                    f"{request.num_computed_tokens} computed of {request.num_tokens} tokens"
+                )
+        if sorted(map(id, self._waiting)) != sorted(map(id, self._in_state(RequestState.WAITING))):
+            raise IntegrityError("the queue does not hold each waiting request once")
+        if self.num_running + self.num_held > self._max_num_seqs:
+            raise IntegrityError(f"{self.num_running} running + {self.num_held} held of {self._max_num_seqs}")
+        if not self._prefill_only <= self._requests.keys():
+            raise IntegrityError("a request that is gone is marked as prefill_only")
+        if any(self._requests.get(request_id) is not request for request_id, request in self._in_step.items()):
+            raise IntegrityError("a request that is gone takes part in a step")
+        if self._pool.num_retired_blocks and not self._plan:
+            raise IntegrityError("blocks are retired between two steps")
+        self._pool.check_integrity(self._requests.keys())
+
+    def _is_sound(self, request: Request) -> bool:
+        """Whether the request's progress and blocks are such as its state allows."""
+        computed, known, num_prompt = request.num_computed_tokens, request.num_tokens, len(request.prompt_token_ids)
+        num_blocks, blocks_for = len(self._pool.table(request.request_id)), self._pool.num_blocks_for
+        match request.state:
+            case RequestState.WAITING:
+                return computed == num_blocks == 0
+            case RequestState.RUNNING if known - computed > 1:
+                return computed >= 0 and num_blocks == blocks_for(known + 1)
+            case RequestState.RUNNING:
+                return computed == known - 1 and blocks_for(computed) <= num_blocks <= blocks_for(known + 1)
+            case RequestState.HELD if request.request_id in self._prefill_only:
+                return computed == num_prompt == known - 1 and num_blocks == blocks_for(known)
+            case RequestState.HELD:
+                return computed == 0 and known == num_prompt and num_blocks == blocks_for(known + 1)
+            case RequestState.FINISHED:
+                return False
+
+    def _in_state(self, state: RequestState) -> list[Request]:
+        return [request for request in self._requests.values() if request.state is state]
+
+    def _check_new(self, request: Request) -> None:
+        if request.request_id in self._requests:
+            raise IntegrityError(f"request {request.request_id} is there already")
+        num_tokens = request.num_tokens
+        if not 0 < num_tokens < self._max_model_len:
+            fix = f"must be 1 to {self._max_model_len - 1} tokens, so that the model can add at least one"
+            raise InvalidRequestError("prompt", f"{num_tokens} tokens", fix)
+
+    def _admit(self) -> Iterator[Request]:
+        """Waiting requests as they start to run, until blocks or sequences run out. Lazy: who isn't taken, waits on."""
+        num_seqs = len(self._requests) - len(self._waiting)
+        while self._waiting and num_seqs < self._max_num_seqs:
+            request = self._waiting[0]
+            if not self._pool.allocate(request.request_id, request.num_tokens + 1):
+                return
+            self._waiting.popleft()
+            request.advance(RequestState.RUNNING)
+            num_seqs += 1
+            yield request
+
+    def _grow(self, request: Request, preempted: list[str]) -> bool:
+        """Make room for the request's last token, at the cost of the youngest. False where it is preempted itself."""
+        while not self._pool.allocate(request.request_id, request.num_tokens):
+            victim = self._preempt_youngest()
+            preempted.append(victim.request_id)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt_youngest(self) -> Request:
+        victim = next(
+            request
+            for request in reversed(self._requests.values())
+            if request.state is RequestState.RUNNING and request.request_id not in self._prefill_only
+        )
+        victim.advance(RequestState.WAITING)
+        victim.num_computed_tokens = 0
+        self._waiting.appendleft(victim)
+        self._pool.free(victim.request_id)
+        self._num_preemptions += 1
+        return victim
+
+    def _entry(self, request: Request, num_tokens: int) -> PlanEntry:
+        """The next `num_tokens` tokens of the request; a token is drawn only where they are the last it has."""
+        start, known = request.num_computed_tokens, request.num_tokens
+        end = start + num_tokens
+        return PlanEntry(
+            request_id=request.request_id,
+            token_ids=tuple(request.token_ids(start, end)),
+            start=start,
+            block_ids=self._pool.table(request.request_id),
+            sampling=request.sampling if end == known else None,
+            num_output_tokens=known - request.num_prompt_tokens,
+        )
+
+    def _end_step(self, plan: Plan) -> list[tuple[PlanEntry, Request]]:
+        """Nothing writes into blocks any more. Returns what was computed for requests that are still there."""
+        if plan is not self._plan:
+            raise IntegrityError("a plan was handed back that is not that of the step in progress")
+        computed = [(e, self._in_step[e.request_id]) for e in plan.entries if e.request_id in self._in_step]
+        self._plan, self._in_step = _NOTHING, {}
+        self._pool.reclaim()
+        return computed
+
+    def _take(self, request: Request, token_id: int) -> StepOutput:
+        """Append a drawn token, and move the request to where that brings it."""
+        finish_reason = request.append(token_id, self._max_model_len)
+        if finish_reason is not None:
+            self._finish(request)
+        elif request.request_id in self._prefill_only:
+            request.advance(RequestState.HELD)
+        return StepOutput(request, token_id, finish_reason)
+
+    def _finish(self, request: Request) -> None:
+        request.advance(RequestState.FINISHED)
+        del self._requests[request.request_id]
+        self._prefill_only.discard(request.request_id)
+        if self._in_step.pop(request.request_id, None) is not None:
+            self._pool.retire(request.request_id)
+        else:
+            self._pool.free(request.request_id)
+
+
+def _num_missing(request: Request) -> int:
+    """Known tokens whose K and V are not in the cache."""
+    return request.num_tokens - request.num_computed_tokens
