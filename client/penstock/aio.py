@@ -1,0 +1,173 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import grpc
+
+from penstock.base import ClientBase, GenerationBase
+from penstock.errors import RequestCancelledError
+from penstock.progress import Progress
+from penstock.rpc import event_of, model_description, server_info
+from penstock.types import Delta, ModelDescription, ServerInfo
+from penstock.v1 import inference_pb2 as pb
+from penstock.v1.inference_pb2_grpc import InferenceStub
+
+if TYPE_CHECKING:
+    from penstock.v1.inference_pb2_grpc import InferenceAsyncStub
+
+    Call = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
+
+Req = TypeVar("Req")
+Res = TypeVar("Res")
+
+
+class AsyncGeneration(GenerationBase):
+    """An asynchronous iterator over what a model writes, as it comes.
+
+    Closing it, cancelling the task that reads it, or letting go of it before its end (a `break` out of
+    `async for delta in client.generate(...)`), cancels the request on the server.
+    """
+
+    def __init__(
+        self, progress: Progress, start: Callable[[], Call], sleep: Callable[[float], Awaitable[None]]
+    ) -> None:
+        super().__init__(progress)
+        self._start = start
+        self._sleep = sleep
+        self._loop = asyncio.get_running_loop()
+        self._call = start()
+
+    async def text(self) -> str:
+        """All of the text: runs to the end. Raises what iterating raises."""
+        async for _ in self:
+            pass
+        return "".join(self._progress.texts)
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while self._progress.open():
+            response = await self._read()
+            if response is None:
+                self._progress.end()
+            elif (delta := self._progress.take(event_of(response))) is not None:
+                return delta
+        raise StopAsyncIteration
+
+    async def _read(self) -> pb.GenerateResponse | None:
+        while True:
+            try:
+                response = await self._call.read()
+                return response if isinstance(response, pb.GenerateResponse) else None  # else: grpc.aio.EOF
+            except asyncio.CancelledError:
+                await self.aclose()
+                if not _being_cancelled():
+                    self._progress.open()
+                raise
+            except grpc.RpcError as failure:
+                delay_s = self._progress.fail(failure)
+            if delay_s is None:
+                return None
+            await self._sleep(delay_s)
+            self._call = self._start()
+            if self._progress.closed:  # meanwhile, by another task
+                self._call.cancel()
+
+    async def aclose(self) -> None:
+        """Cancel what has not come yet. Idempotent."""
+        self._progress.close()
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # The call is not cancelled here: a garbage collection may come in any thread.
+        call: Call | None = getattr(self, "_call", None)
+        if call is not None and not call.done() and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call.cancel)
+
+
+class AsyncClient(ClientBase[AsyncGeneration]):
+    """Penstock's client for asyncio, to be used in one event loop; it may be made before the loop runs.
+
+    ```python
+    async with AsyncClient("127.0.0.1:50051") as client:
+        async for delta in client.generate("def __init__(self", max_tokens=64):
+            print(delta, end="", flush=True)
+    ```
+    """
+
+    def _connect(self) -> None:
+        self._channel: grpc.aio.Channel | None = None  # belongs to a loop: made when one runs
+
+    @property
+    def _stub(self) -> InferenceAsyncStub:
+        if self._channel is None:
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.target, self._options)
+            else:
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
+            self._inference = InferenceStub(self._channel)
+        return self._inference
+
+    def _generation(self, request: pb.GenerateRequest, progress: Progress) -> AsyncGeneration:
+        def start() -> Call:
+            return self._stub.Generate(request, **self._call_options(progress.remaining_s()))
+
+        return AsyncGeneration(progress, start, self._sleep or asyncio.sleep)
+
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a generation, anybody's. False where the server knows of none that is running."""
+        return (await self._ask(self._stub.Cancel, pb.CancelRequest(request_id=request_id), request_id)).found
+
+    async def model(self, name: str = "") -> ModelDescription:
+        """The model of this name; "" is the one that is served. Raises `ModelNotFoundError`."""
+        return model_description(await self._ask(self._stub.GetModel, pb.GetModelRequest(model=name)))
+
+    async def server_info(self) -> ServerInfo:
+        """What the server is, how busy, and on which workers."""
+        return server_info(await self._ask(self._stub.GetServerInfo, pb.GetServerInfoRequest()))
+
+    async def _ask(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Req, Res], request: Req, request_id: str | None = None
+    ) -> Res:
+        try:
+            return await method(request, **self._control_options())
+        except asyncio.CancelledError:
+            if _being_cancelled():
+                raise
+            raise RequestCancelledError("this client was closed") from None
+        except grpc.RpcError as failure:
+            raise self._error(failure, request_id) from failure
+
+    async def close(self) -> None:
+        """Cancel what is running and let go of the connection. Idempotent."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _being_cancelled() -> bool:
+    """Whether it is the running task that is cancelled: gRPC raises CancelledError for a cancelled call as well."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

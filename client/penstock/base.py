@@ -1,0 +1,204 @@
+"""What both clients, and both kinds of generation, share: all but the I/O."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from penstock.errors import InvalidRequestError, PenstockError
+from penstock.progress import Progress
+from penstock.retry import RetryPolicy
+from penstock.rpc import generate_request
+from penstock.status import error_from
+from penstock.types import FinishReason, Message, Stats, Usage
+from penstock.v1.inference_pb2 import GenerateRequest
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+CONTROL_TIMEOUT_S = 10.0
+"""At most, for the calls that are answered at once or not at all: every one but `generate`."""
+
+
+class GenerationBase:
+    """What has come of a generation so far. What only the server can tell is None until it has."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The output tokens that have come."""
+        return tuple(self._progress.token_ids)
+
+    @property
+    def request_id(self) -> str | None:
+        """What `cancel` takes."""
+        return self._progress.request_id
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model that answers."""
+        return self._progress.started.model if self._progress.started else None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed in use, drawn by the server where the request named none: with it the text can be had again."""
+        return self._progress.started.seed if self._progress.started else None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None until then."""
+        return self._progress.finished.finish_reason if self._progress.finished else None
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens in and out; None until the end."""
+        return self._progress.finished.usage if self._progress.finished else None
+
+    @property
+    def stats(self) -> Stats | None:
+        """Where the time went, as the server tells it; None until the end."""
+        return self._progress.finished.stats if self._progress.finished else None
+
+
+G_co = TypeVar("G_co", bound=GenerationBase, covariant=True)
+
+
+class ClientBase(ABC, Generic[G_co]):
+    """A connection to one server, made when it is first needed and kept.
+
+    Args:
+        target: `host:port`, or any other gRPC target (`unix:/path`, `dns:///name:port`).
+        timeout_s: limit for a whole generation, queueing and retries included; `math.inf` is none.
+        max_retries: how often a generation is tried again that was refused (`OverloadedError`) or found no server
+            (`UnavailableError`) before any of it had come. Nothing else is ever tried again.
+        wait_for_ready: wait for a server that is not up yet, within the timeout, instead of failing at once.
+        credentials: for TLS; by default the connection is not encrypted.
+        metadata: sent with every call, such as `[("authorization", "Bearer ...")]`.
+        keepalive_s: a connection that is silent this long during a call is probed; `math.inf` never probes.
+        max_message_bytes: limit of one message, either way.
+        sleep, random, clock: for tests.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = 600.0,
+        max_retries: int = 2,
+        wait_for_ready: bool = False,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+        keepalive_s: float = 30.0,
+        max_message_bytes: int = 64 * 2**20,
+        sleep: Callable[[float], Any] | None = None,
+        random: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.target = _checked_target(target)
+        self.timeout_s = _checked_timeout_s(timeout_s)
+        self._retry = RetryPolicy(max_retries, random=random)
+        self._wait_for_ready = wait_for_ready
+        self._credentials = credentials
+        self._metadata = tuple(metadata)
+        self._options = channel_options(keepalive_s, max_message_bytes)
+        self._sleep = sleep
+        self._clock = clock
+        self._closed = False
+        self._connect()
+
+    @abstractmethod
+    def _connect(self) -> None:
+        """Make the channel, which connects by itself when it is needed."""
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Iterable[int] | None = None,
+        messages: Iterable[Message | Mapping[str, str]] | None = None,
+        model: str = "",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        min_tokens: int | None = None,
+        stop: str | Iterable[str] | None = None,
+        stop_token_ids: Iterable[int] | None = None,
+        ignore_eos: bool | None = None,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+    ) -> G_co:
+        """Start to generate from exactly one of `prompt`, `token_ids` and `messages` (a chat).
+
+        What is not given, the model's own defaults decide. `temperature` 0 is greedy; the text ends before the first
+        of `stop`; `request_id` makes the generation known to `cancel`; an empty `model` is the one that is served.
+        Raises `InvalidRequestError` here for what can't be sent; all other errors come out of the generation.
+        """
+        sampling = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "min_tokens": min_tokens,
+            "stop": [stop] if isinstance(stop, str) else stop,
+            "stop_token_ids": stop_token_ids,
+            "ignore_eos": ignore_eos,
+        }
+        limit_s = self.timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
+        request = generate_request(
+            {"prompt": prompt, "token_ids": token_ids, "messages": messages},
+            {"model": model, "request_id": request_id, "timeout_s": timeout_s if limit_s < math.inf else None},
+            sampling,
+        )
+        progress = Progress(
+            request.request_id, target=self.target, timeout_s=limit_s, retry=self._retry, clock=self._clock
+        )
+        return self._generation(request, progress)
+
+    @abstractmethod
+    def _generation(self, request: GenerateRequest, progress: Progress) -> G_co:
+        """Send the request for the first time."""
+
+    def _call_options(self, timeout_s: float | None) -> dict[str, Any]:
+        if self._closed:
+            raise RuntimeError("this client is closed")
+        return {"timeout": timeout_s, "metadata": self._metadata, "wait_for_ready": self._wait_for_ready}
+
+    def _control_options(self) -> dict[str, Any]:
+        return self._call_options(min(self.timeout_s, CONTROL_TIMEOUT_S))
+
+    def _error(self, failure: grpc.RpcError, request_id: str | None = None) -> PenstockError:
+        return error_from(failure, target=self.target, request_id=request_id)
+
+
+def channel_options(keepalive_s: float, max_message_bytes: int) -> list[tuple[str, Any]]:
+    """gRPC's names for ours; and a lost server is looked for every 0.1 to 2 s instead of every 1 to 120 s."""
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
+    if keepalive_s < math.inf:
+        options += [("grpc.keepalive_time_ms", int(keepalive_s * 1000)), ("grpc.keepalive_timeout_ms", 10_000)]
+    return options
+
+
+def _checked_target(target: str) -> str:
+    if not target or target.startswith(("http://", "https://")):
+        raise ValueError(f"target: got {target!r}, must be host:port, such as {DEFAULT_TARGET!r}")
+    return target
+
+
+def _checked_timeout_s(timeout_s: float) -> float:
+    if not timeout_s > 0:
+        raise InvalidRequestError(f"timeout_s: got {timeout_s!r}, must be > 0; math.inf is no limit", "timeout_s")
+    return timeout_s

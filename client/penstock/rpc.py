@@ -1,0 +1,155 @@
+"""Between wire types and ours. Generated types go no further than here and `status`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from google.protobuf.message import Message as WireMessage
+
+from penstock.errors import InvalidRequestError
+from penstock.types import (
+    Delta,
+    FinishReason,
+    Message,
+    ModelDescription,
+    PairInfo,
+    ServerInfo,
+    Stats,
+    Usage,
+    WorkerInfo,
+    WorkerRole,
+)
+from penstock.v1 import inference_pb2 as pb
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    D = TypeVar("D", bound=DataclassInstance)
+
+_FINISH_REASONS = {pb.FINISH_REASON_STOP: FinishReason.STOP, pb.FINISH_REASON_LENGTH: FinishReason.LENGTH}
+_ROLES = {
+    pb.WORKER_ROLE_PREFILL: WorkerRole.PREFILL,
+    pb.WORKER_ROLE_DECODE: WorkerRole.DECODE,
+    pb.WORKER_ROLE_MIXED: WorkerRole.MIXED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event of a generation: what the server settled."""
+
+    request_id: str
+    model: str
+    seed: int
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Last event of a generation."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    stats: Stats
+
+
+Event = Started | Delta | Finished
+
+
+def generate_request(
+    inputs: Mapping[str, Any], header: Mapping[str, Any], sampling: Mapping[str, Any]
+) -> pb.GenerateRequest:
+    """All three go by the names of the wire. What is None stays unset, so that the server's defaults hold.
+
+    `inputs` has `prompt`, `token_ids` (ints) and `messages` (`Message`, or mappings of role and content), of which one
+    is not None. Raises `InvalidRequestError` where a value does not fit the wire; what it means, the server judges.
+    """
+    request = pb.GenerateRequest()
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "none of them"
+        raise InvalidRequestError(f"prompt: give one of prompt, token_ids and messages, got {got}", "prompt")
+    match given[0]:
+        case "prompt":
+            _set(request, "prompt", inputs["prompt"])
+        case "token_ids":
+            request.token_ids.SetInParent()
+            _set(request.token_ids, "ids", inputs["token_ids"], name="token_ids")
+        case "messages":
+            request.messages.SetInParent()
+            for message in inputs["messages"]:
+                _add_message(request.messages, message)
+    for wire, values in ((request, header), (request.sampling, sampling)):
+        for field, value in values.items():
+            if value is not None:
+                _set(wire, field, value)
+    return request
+
+
+def _add_message(messages: pb.Messages, message: object) -> None:
+    turn: object = message
+    if isinstance(message, Message):
+        turn = {"role": message.role, "content": message.content}
+    if not isinstance(turn, Mapping) or turn.keys() != {"role", "content"}:
+        fix = "must be a Message, or a mapping of 'role' and 'content' alone"
+        raise InvalidRequestError(f"messages: got {_shorten(message)}, {fix}", "messages")
+    wire = messages.messages.add()
+    for key, value in turn.items():
+        _set(wire, key, value, name="messages")
+
+
+def _set(wire: WireMessage, field: str, value: Any, name: str | None = None) -> None:
+    try:
+        if isinstance(getattr(wire, field), Sequence):
+            getattr(wire, field).extend(value)
+        else:
+            setattr(wire, field, value)
+    except (TypeError, ValueError) as error:
+        name = name or field
+        raise InvalidRequestError(f"{name}: got {_shorten(value)}: {error}", name) from error
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}...{text[-7:]}"
+
+
+def event_of(response: pb.GenerateResponse) -> Event | None:
+    """None for an event that this version of the SDK does not know."""
+    match response.WhichOneof("event"):
+        case "delta":
+            return Delta(tuple(response.delta.token_ids), response.delta.text)
+        case "started":
+            return _read(response.started, Started)
+        case "finished":
+            wire = response.finished
+            reason = _FINISH_REASONS.get(wire.finish_reason, FinishReason.OTHER)
+            return Finished(reason, _read(wire, Usage), _read(wire.stats, Stats))
+        case _:
+            return None
+
+
+def model_description(wire: pb.GetModelResponse) -> ModelDescription:
+    return _read(wire, ModelDescription)
+
+
+def server_info(wire: pb.GetServerInfoResponse) -> ServerInfo:
+    workers = [_read(worker, WorkerInfo, role=_ROLES.get(worker.role, WorkerRole.OTHER)) for worker in wire.workers]
+    pairs = [_read(pair, PairInfo) for pair in wire.pairs]
+    return _read(wire, ServerInfo, workers=tuple(workers), pairs=tuple(pairs))
+
+
+def _read(wire: WireMessage, kind: type[D], **converted: object) -> D:
+    """A `kind` from the fields of `wire` that bear the same names; None where an optional one is unset."""
+    values = {f.name: _value(wire, f.name) for f in fields(kind) if f.name not in converted}
+    return kind(**values, **converted)
+
+
+def _value(wire: WireMessage, field: str) -> object:
+    descriptor = wire.DESCRIPTOR.fields_by_name[field]
+    if descriptor.has_presence and not wire.HasField(field):
+        return None
+    value = getattr(wire, field)
+    return tuple(value) if descriptor.is_repeated else value
