@@ -1,0 +1,107 @@
+"""The router's end of worker.proto: sessions dialled to workers, and the registry served to them.
+
+Here and in `rpc_commands`, `rpc_events` generated wire types end; everything else sees `core.messages`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+from penstock.v1 import worker_pb2, worker_pb2_grpc
+
+from core.errors import PenstockError
+from core.messages import Command, RouterHello, WorkerRole
+from router.rpc_commands import command_to_wire
+from router.rpc_events import WireError, WorkerMessage, message_from_wire, role_from_wire
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),  # a new dial must not inherit the connection backoff of the last one
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class SessionLostError(PenstockError):
+    """The stream to a worker broke, or could not be opened; `str()` says why."""
+
+
+class WorkerCall:
+    """The raw session stream: typed messages in and out, every wire failure a `SessionLostError` or `WireError`."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._call: Any = worker_pb2_grpc.WorkerStub(self._channel).Session()
+
+    async def say_hello(self, hello: RouterHello) -> None:
+        wire = worker_pb2.RouterHello(
+            wire_version=hello.wire_version, router_id=hello.router_id, incarnation=hello.incarnation
+        )
+        await self._write(worker_pb2.RouterMessage(hello=wire))
+
+    async def write(self, commands: Sequence[Command]) -> None:
+        await self._write(worker_pb2.RouterMessage(commands=[command_to_wire(command) for command in commands]))
+
+    async def read(self) -> WorkerMessage:
+        try:
+            message = await self._call.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise SessionLostError(describe(error)) from error
+        if message is grpc.aio.EOF:
+            raise SessionLostError("the worker ended the session")
+        return message_from_wire(message)
+
+    async def close(self) -> None:
+        self._call.cancel()
+        await self._channel.close()
+
+    async def _write(self, message: worker_pb2.RouterMessage) -> None:
+        try:
+            await self._call.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise SessionLostError(describe(error)) from error
+
+
+def describe(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return "the stream was closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A worker says where it can be reached."""
+
+    worker_id: str
+    incarnation: str
+    address: str
+    role: WorkerRole
+
+
+class RegistryServicer(worker_pb2_grpc.RegistryServicer):
+    """Hands registrations to `register`, which says whether that incarnation is connected."""
+
+    def __init__(self, register: Callable[[Registration], bool]) -> None:
+        self._register = register
+
+    async def Register(self, request: worker_pb2.RegisterRequest, context: Any) -> worker_pb2.RegisterResponse:  # noqa: N802
+        try:
+            registration = Registration(
+                request.worker_id, request.incarnation, request.address, role_from_wire(request.role)
+            )
+            return worker_pb2.RegisterResponse(connected=self._register(registration))
+        except PenstockError as error:
+            await context.abort(grpc.StatusCode[error.code.grpc_status], error.message)
+            raise  # abort does not return
+
+
+def add_registry(server: grpc.aio.Server, register: Callable[[Registration], bool]) -> None:
+    worker_pb2_grpc.add_RegistryServicer_to_server(RegistryServicer(register), server)
+
+
+__all__ = ["Registration", "SessionLostError", "WireError", "WorkerCall", "WorkerMessage", "add_registry"]

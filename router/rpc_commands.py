@@ -1,0 +1,132 @@
+"""Commands to the wire."""
+
+from __future__ import annotations
+
+from penstock.v1 import worker_pb2 as pb
+
+from core.kv_layout import KVLayout
+from core.messages import (
+    Accept,
+    Cancel,
+    Command,
+    Connect,
+    Drain,
+    Heartbeat,
+    Prefill,
+    PromptPart,
+    Release,
+    Reserve,
+    Work,
+)
+from core.sampling import SamplingParams
+from core.ticket import CommitRecord, SegmentRecord, Ticket
+
+
+def command_to_wire(command: Command) -> pb.Command:
+    match command:
+        case Connect():
+            return pb.Command(connect=_connect(command))
+        case PromptPart(ticket, offset, token_ids):
+            return pb.Command(prompt_part=pb.PromptPart(ticket=_ticket(ticket), offset=offset, token_ids=token_ids))
+        case Reserve(ticket, work):
+            return pb.Command(reserve=pb.Reserve(ticket=_ticket(ticket), work=_work(work)))
+        case Prefill(ticket, work, num_skipped):
+            wire = pb.Prefill(ticket=_ticket(ticket), work=_work(work), num_skipped_tokens=num_skipped)
+            return pb.Command(prefill=wire)
+        case Accept():
+            return pb.Command(accept=_accept(command))
+        case Release(ticket):
+            return pb.Command(release=pb.Release(ticket=_ticket(ticket)))
+        case Cancel(ticket, reason):
+            return pb.Command(cancel=pb.CancelAttempt(ticket=_ticket(ticket), reason=reason))
+        case Heartbeat(live):
+            return pb.Command(heartbeat=pb.Heartbeat(live_transfer_ids=live))
+        case Drain(deadline_s):
+            return pb.Command(drain=pb.Drain(deadline_s=deadline_s))
+
+
+def layout_to_wire(layout: KVLayout) -> pb.KVLayout:
+    return pb.KVLayout(
+        model=layout.model,
+        fingerprint=layout.fingerprint,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_size=layout.head_size,
+        block_size=layout.block_size,
+        dtype=layout.dtype,
+    )
+
+
+def _connect(command: Connect) -> pb.Connect:
+    return pb.Connect(
+        prefill_incarnation=command.prefill_incarnation,
+        decode_incarnation=command.decode_incarnation,
+        epoch=command.epoch,
+        store_address=command.store_address,
+        peer_layout=layout_to_wire(command.peer_layout),
+    )
+
+
+def _accept(command: Accept) -> pb.Accept:
+    return pb.Accept(
+        ticket=_ticket(command.ticket),
+        record=_record(command.record),
+        first_token_id=command.first_token_id,
+        deadline_s=command.deadline_s,
+    )
+
+
+def _ticket(ticket: Ticket) -> pb.Ticket:
+    return pb.Ticket(
+        request_id=ticket.request_id,
+        attempt=ticket.attempt,
+        transfer_id=ticket.transfer_id,
+        prefill_incarnation=ticket.prefill_incarnation,
+        decode_incarnation=ticket.decode_incarnation,
+        pair_epoch=ticket.pair_epoch,
+    )
+
+
+def _work(work: Work) -> pb.Work:
+    return pb.Work(
+        prompt_offset=work.prompt_offset,
+        token_ids=work.token_ids,
+        num_prompt_tokens=work.num_prompt_tokens,
+        sampling=_sampling(work.sampling),
+    )
+
+
+def _sampling(sampling: SamplingParams) -> pb.EngineSampling:
+    return pb.EngineSampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=sampling.stop_token_ids,
+    )
+
+
+def _record(record: CommitRecord) -> pb.CommitRecord:
+    return pb.CommitRecord(
+        segments=[_segment(segment) for segment in record.segments],
+        num_tokens=record.num_tokens,
+        num_skipped_tokens=record.num_skipped_tokens,
+        skipped_prefix_hash=record.skipped_prefix_hash,
+    )
+
+
+def _segment(record: SegmentRecord) -> pb.SegmentRecord:
+    segment = record.segment
+    return pb.SegmentRecord(
+        layer=segment.layer,
+        kv_head_start=segment.kv_head_start,
+        kv_head_end=segment.kv_head_end,
+        token_start=segment.token_start,
+        token_end=segment.token_end,
+        sender_rank=segment.sender_rank,
+        receiver_rank=segment.receiver_rank,
+        num_bytes=record.num_bytes,
+        checksum=record.checksum,
+    )

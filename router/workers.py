@@ -1,0 +1,311 @@
+"""The workers the router knows: one record each, a session where it can be reached, and the pairs they form."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from core.clock import Clock
+from core.messages import (
+    Command,
+    Drain,
+    Drained,
+    Event,
+    Load,
+    PairDown,
+    PairUp,
+    RouterHello,
+    WorkerHello,
+    WorkerRole,
+)
+from router.config import SessionConfig
+from router.info import PairInfo, WorkerInfo
+from router.pairs import PairTable
+from router.policy import Route
+from router.rpc import Registration, SessionLostError, WireError, WorkerMessage
+from router.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerListener(Protocol):
+    """Who is told what happens. Called on the event loop; must not wait. Workers are named by incarnation."""
+
+    def on_event(self, incarnation: str, event: Event) -> None:
+        """An event about an attempt."""
+
+    def on_lost(self, incarnation: str, reason: str) -> None:
+        """The session is gone: whatever it carried is over."""
+
+    def on_pair_down(self, prefill: str, decode: str, epoch: int, reason: str) -> None:
+        """Transfers on that channel are over."""
+
+    def on_change(self) -> None:
+        """Loads, workers or pairs are not what they were: what had no room may have some now."""
+
+    def live_transfer_ids(self, incarnation: str) -> tuple[str, ...]:
+        """Transfers whose leases on that worker are to be renewed."""
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One incarnation of a worker. `session` is set while it is connected; `problem` says why it is not."""
+
+    registration: Registration
+    registered_s: float
+    task: asyncio.Task[None] | None = None
+    session: Session | None = None
+    load: Load = field(default_factory=Load)
+    draining: bool = False
+    problem: str = "not connected yet"
+
+    @property
+    def incarnation(self) -> str:
+        return self.registration.incarnation
+
+    @property
+    def hello(self) -> WorkerHello | None:
+        return self.session.hello if self.session else None
+
+
+def wall_clock_epochs() -> Callable[[], int]:
+    """Epochs that go on rising when the router restarts: seconds since 1970, or one more than the last."""
+    last = 0
+
+    def next_epoch() -> int:
+        nonlocal last
+        last = max(last + 1, int(time.time()))
+        return last
+
+    return next_epoch
+
+
+class Workers:
+    """Dials whoever registers, keeps one session to each, and keeps their pairs connected.
+
+    With a `fingerprint`, workers that serve anything else are not connected.
+    """
+
+    def __init__(
+        self,
+        config: SessionConfig,
+        *,
+        router_id: str,
+        clock: Clock,
+        fingerprint: str | None = None,
+        next_epoch: Callable[[], int] | None = None,
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._fingerprint = fingerprint
+        self._hello = RouterHello(router_id, uuid.uuid4().hex)
+        self._pairs = PairTable(config, next_epoch or wall_clock_epochs())
+        self._by_id: dict[str, Worker] = {}
+        self._connected: dict[str, Worker] = {}  # by incarnation
+        self._alarm: asyncio.TimerHandle | None = None
+        self._retired: set[asyncio.Task[None]] = set()
+        self._listener: WorkerListener | None = None
+
+    def subscribe(self, listener: WorkerListener) -> None:
+        """Before the first registration; one listener."""
+        self._listener = listener
+
+    def register(self, registration: Registration) -> bool:
+        """A worker is alive: dial it unless connected. Returns whether it is. A new incarnation replaces the old."""
+        worker = self._by_id.get(registration.worker_id)
+        if worker and worker.incarnation != registration.incarnation:
+            self._retire(worker, "a new incarnation took its place")
+            worker = None
+        if worker is None:
+            worker = self._by_id[registration.worker_id] = Worker(registration, self._clock())
+            worker.task = asyncio.get_running_loop().create_task(self._keep_connected(worker))
+        worker.registration, worker.registered_s = registration, self._clock()
+        return worker.session is not None
+
+    def connected(self) -> Iterator[tuple[WorkerHello, Worker]]:
+        for worker in self._connected.values():
+            if worker.session:
+                yield worker.session.hello, worker
+
+    def get(self, incarnation: str) -> Worker | None:
+        """The worker of that incarnation, while it is connected."""
+        return self._connected.get(incarnation)
+
+    def routes(self) -> tuple[Route, ...]:
+        """Pairs that are up and mixed workers by themselves, save those that take no new work."""
+        takes_work = {incarnation for incarnation, worker in self._connected.items() if not worker.draining}
+        pairs = ((pair.prefill.incarnation, pair.decode.incarnation, pair.epoch) for pair in self._pairs if pair.up)
+        return (
+            *(Route(prefill, decode, epoch) for prefill, decode, epoch in pairs if {prefill, decode} <= takes_work),
+            *(
+                Route(hello.incarnation, hello.incarnation)
+                for hello, worker in self.connected()
+                if hello.role is WorkerRole.MIXED and not worker.draining
+            ),
+        )
+
+    def send(self, incarnation: str, *commands: Command) -> None:
+        """Without effect where the session is gone: its listener has been told."""
+        worker = self._connected.get(incarnation)
+        if worker and worker.session:
+            worker.session.send(*commands)
+
+    def drain(self, worker_id: str, deadline_s: float) -> bool:
+        """Give the worker no more work and tell it so; False where it is not connected."""
+        worker = self._by_id.get(worker_id)
+        if worker is None or worker.session is None:
+            return False
+        worker.draining = True
+        worker.session.send(Drain(deadline_s))
+        return True
+
+    def describe_workers(self, num_credits_used: Callable[[str], int]) -> tuple[WorkerInfo, ...]:
+        return tuple(
+            describe(worker, num_credits_used(worker.incarnation)) for _, worker in sorted(self._by_id.items())
+        )
+
+    def describe_pairs(self) -> tuple[PairInfo, ...]:
+        return tuple(
+            PairInfo(pair.prefill.worker_id, pair.decode.worker_id, pair.epoch, pair.up, pair.reason)
+            for pair in self._pairs
+        )
+
+    async def close(self) -> None:
+        """End every session."""
+        for worker in [*self._by_id.values()]:
+            self._retire(worker, "the router is shutting down")
+        self._by_id.clear()
+        if self._alarm:
+            self._alarm.cancel()
+        await asyncio.gather(*self._retired, return_exceptions=True)
+
+    # ---- one worker
+
+    async def _keep_connected(self, worker: Worker) -> None:
+        backoff_s = self._config.reconnect_backoff_s
+        while True:
+            try:
+                session = await self._open(worker)
+                backoff_s = self._config.reconnect_backoff_s
+                self._on_connected(worker, session)
+                await session.run(
+                    lambda message: self._on_message(worker, message),
+                    lambda: self._told().live_transfer_ids(worker.incarnation),
+                )
+            except (SessionLostError, WireError) as error:
+                self._on_lost(worker, error.message)
+            except Exception:
+                logger.exception("worker %s: the session failed", worker.registration.worker_id)
+                self._on_lost(worker, "internal error of the router")
+            if self._clock() - worker.registered_s > self._config.forget_after_s:
+                del self._by_id[worker.registration.worker_id]
+                return
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, self._config.max_reconnect_backoff_s)
+
+    async def _open(self, worker: Worker) -> Session:
+        registration = worker.registration
+        session = await Session.open(registration.address, self._hello, self._config)
+        hello = session.hello
+        problem = None
+        if (hello.worker_id, hello.incarnation) != (registration.worker_id, registration.incarnation):
+            problem = f"worker {hello.worker_id!r} ({hello.incarnation}) answers at {registration.address}"
+        elif self._fingerprint not in (None, hello.layout.fingerprint):
+            problem = f"it serves another model: {hello.layout.model} ({hello.layout.fingerprint})"
+        if problem:
+            await session.close()
+            raise SessionLostError(problem)
+        return session
+
+    def _retire(self, worker: Worker, reason: str) -> None:
+        self._on_lost(worker, reason)
+        if worker.task:
+            worker.task.cancel()
+            self._retired.add(worker.task)
+            worker.task.add_done_callback(self._retired.discard)
+
+    # ---- what sessions bring
+
+    def _on_connected(self, worker: Worker, session: Session) -> None:
+        hello = session.hello
+        worker.session, worker.problem, worker.draining = session, "", False
+        worker.load = Load(num_free_blocks=hello.num_blocks)
+        self._pairs.add(hello, [other for other, _ in self.connected()], self._clock())
+        self._connected[hello.incarnation] = worker
+        logger.info("worker %s (%s, %s) is connected", hello.worker_id, hello.role.value, hello.incarnation)
+        self._connect_pairs()
+        self._told().on_change()
+
+    def _on_lost(self, worker: Worker, reason: str) -> None:
+        if worker.problem != reason:
+            logger.warning("worker %s is not connected: %s", worker.registration.worker_id, reason)
+        worker.problem = reason
+        if worker.session is None:
+            return
+        worker.session = None
+        del self._connected[worker.incarnation]
+        self._pairs.remove(worker.incarnation)
+        self._told().on_lost(worker.incarnation, reason)
+        self._told().on_change()
+
+    def _on_message(self, worker: Worker, message: WorkerMessage) -> None:
+        if worker.session is None:
+            return  # replaced: what it still says is of no interest
+        if message.load:
+            worker.load = message.load
+            worker.draining = worker.draining or message.load.draining
+        for event in message.events:
+            self._on_event(worker, event)
+        self._connect_pairs()
+        self._told().on_change()
+
+    def _on_event(self, worker: Worker, event: Event) -> None:
+        match event:
+            case PairUp():
+                self._pairs.answer_up(worker.incarnation, event, self._clock())
+            case PairDown(prefill, decode, epoch, reason):
+                if self._pairs.answer_down(event, self._clock()):
+                    self._told().on_pair_down(prefill, decode, epoch, reason)
+            case Drained():
+                worker.draining = True
+            case _:
+                self._told().on_event(worker.incarnation, event)
+
+    def _connect_pairs(self) -> None:
+        """Connect what is due, and wake up for what is due next."""
+        for pair in self._pairs.due(self._clock()):
+            for incarnation, command in pair.connects():
+                self.send(incarnation, command)
+        if self._alarm:
+            self._alarm.cancel()
+        due_s = self._pairs.next_due_s()
+        if due_s is not None:
+            delay_s = max(0.0, due_s - self._clock())
+            self._alarm = asyncio.get_running_loop().call_later(delay_s, self._connect_pairs)
+
+    def _told(self) -> WorkerListener:
+        assert self._listener is not None, "subscribe() comes first"
+        return self._listener
+
+
+def describe(worker: Worker, num_credits_used: int) -> WorkerInfo:
+    registration, hello = worker.registration, worker.hello
+    return WorkerInfo(
+        worker_id=registration.worker_id,
+        incarnation=registration.incarnation,
+        role=hello.role if hello else registration.role,
+        address=registration.address,
+        connected=hello is not None,
+        draining=worker.draining,
+        load=worker.load if hello else replace(worker.load, num_free_blocks=0),
+        num_blocks=hello.num_blocks if hello else 0,
+        credits=hello.credits if hello else 0,
+        num_credits_used=num_credits_used,
+        device=hello.device if hello else "",
+        problem=worker.problem,
+    )
