@@ -1,0 +1,235 @@
+"""What holds for every order of calls: nothing leaks, everything ends, and batching never changes a token.
+
+The model of these tests reads all it knows from a paged memory that plans write into: its next token is a hash of what
+stands in the blocks of a plan's entry. A block that two requests share, at any time, shows as a wrong token.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+from zlib import crc32
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from core.request import Request, RequestState
+from core.sampling import SamplingParams
+from engine.block_pool import BlockPool
+from engine.plan import Plan, StepOutput, StepResult
+from engine.scheduler import Scheduler
+
+STOP = 0
+VOCAB_SIZE = 16
+
+
+def next_token(token_ids: list[int]) -> int:
+    return crc32(bytes(token_ids)) % VOCAB_SIZE
+
+
+def undisturbed_output(request: Request, max_model_len: int) -> list[int]:
+    """What the request draws when it is alone in the world."""
+    alone = Request(request.request_id, list(request.prompt_token_ids), request.sampling)
+    while alone.append(next_token(alone.token_ids(0, alone.num_tokens)), max_model_len) is None:
+        pass
+    return alone.output_token_ids
+
+
+class PagedMemory:
+    """Tokens in blocks, where an engine has K and V."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._tokens: dict[tuple[int, int], int] = {}
+
+    def write(self, block_ids: tuple[int, ...], start: int, token_ids: list[int]) -> None:
+        for position, token_id in enumerate(token_ids, start):
+            self._tokens[block_ids[position // self._block_size], position % self._block_size] = token_id
+
+    def read(self, block_ids: tuple[int, ...], end: int) -> list[int]:
+        return [self._tokens[block_ids[p // self._block_size], p % self._block_size] for p in range(end)]
+
+
+def compute(plan: Plan, memory: PagedMemory) -> StepResult:
+    for entry in plan.entries:
+        memory.write(entry.block_ids, entry.start, list(entry.token_ids))
+    drawn = (entry for entry in plan.entries if entry.sampling is not None)
+    return StepResult({e.request_id: next_token(memory.read(e.block_ids, e.end)) for e in drawn})
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Calls in any order, on pools so small that everything happens."""
+
+    plan: Plan | None = None
+
+    @initialize(
+        num_blocks=st.integers(2, 8),
+        block_size=st.integers(1, 4),
+        max_num_batched_tokens=st.integers(1, 8),
+        max_num_seqs=st.integers(1, 4),
+    )
+    def start(self, num_blocks: int, block_size: int, **limits: int) -> None:
+        self.max_model_len = num_blocks * block_size
+        self.pool = BlockPool(num_blocks, block_size)
+        self.scheduler = Scheduler(self.pool, max_model_len=self.max_model_len, **limits)
+        self.memory = PagedMemory(block_size)
+        self.limits = limits
+        self.progress: dict[str, int] = {}  # computed positions, as the plans tell them
+        self.reserved: set[str] = set()
+        self.prefill_only: set[str] = set()
+
+    def new_request(self, data: st.DataObject) -> Request:
+        """Names are used again as soon as they are free."""
+        name = next(name for name in map(str, count()) if name not in self.scheduler.requests)
+        prompt = st.lists(st.integers(1, VOCAB_SIZE - 1), min_size=1, max_size=self.max_model_len - 1)
+        sampling = SamplingParams(max_tokens=data.draw(st.integers(1, 12)), stop_token_ids=(STOP,))
+        return Request(name, data.draw(prompt), sampling)
+
+    def existing(self, data: st.DataObject, names: Any) -> str:
+        return str(data.draw(st.sampled_from(sorted(names))))
+
+    @rule(data=st.data(), prefill_only=st.booleans())
+    def add(self, data: st.DataObject, prefill_only: bool) -> None:
+        request = self.new_request(data)
+        self.scheduler.add(request, prefill_only=prefill_only)
+        self.progress[request.request_id] = 0
+        if prefill_only:
+            self.prefill_only.add(request.request_id)
+
+    @rule(data=st.data())
+    def reserve(self, data: st.DataObject) -> None:
+        request = self.new_request(data)
+        num_free = self.pool.num_free_blocks
+        if self.scheduler.reserve(request):
+            self.reserved.add(request.request_id)
+            self.progress[request.request_id] = len(request.prompt_token_ids)
+        else:
+            assert self.pool.num_free_blocks == num_free
+            assert request.state is RequestState.WAITING
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data())
+    def join(self, data: st.DataObject) -> None:
+        self.arrive(self.existing(data, self.reserved))
+
+    def arrive(self, name: str) -> None:
+        request = self.scheduler.requests[name]
+        self.reserved.remove(name)
+        self.memory.write(self.pool.table(name), 0, request.prompt_token_ids)
+        self.check(self.scheduler.join(name, next_token(request.prompt_token_ids)))
+
+    @precondition(lambda self: self.scheduler.requests)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        name = self.existing(data, self.scheduler.requests)
+        assert self.scheduler.release(name)
+        assert not self.scheduler.release(name)
+        self.forget(name)
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def schedule(self) -> None:
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= self.limits["max_num_batched_tokens"]
+        assert not self.prefill_only.intersection(plan.preempted)
+        self.progress |= dict.fromkeys(plan.preempted, 0)
+        for entry in plan.entries:
+            request = self.scheduler.requests[entry.request_id]
+            assert entry.start == self.progress[entry.request_id]
+            assert list(entry.token_ids) == request.token_ids(entry.start, entry.end) != []
+            assert (entry.sampling is not None) == (entry.end == request.num_tokens)
+        blocks = [block for entry in plan.entries for block in entry.block_ids]
+        assert len(blocks) == len(set(blocks))
+        self.in_step = {entry.request_id: self.scheduler.requests[entry.request_id] for entry in plan.entries}
+        self.plan = plan if plan else None
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(fails=st.sampled_from([False, False, False, True]))
+    def finish_step(self, fails: bool) -> None:
+        """The memory is written at the very end of the step: after all that was released and joined meanwhile."""
+        assert self.plan is not None
+        plan, self.plan = self.plan, None
+        result = compute(plan, self.memory)
+        if fails:
+            for request in self.scheduler.abandon(plan):
+                self.forget(request.request_id)
+            return
+        for entry in plan.entries:
+            if self.scheduler.requests.get(entry.request_id) is self.in_step[entry.request_id]:
+                self.progress[entry.request_id] = entry.end
+        for output in self.scheduler.update(plan, result):
+            self.check(output)
+
+    def check(self, output: StepOutput) -> None:
+        request = output.request
+        expected = undisturbed_output(request, self.max_model_len)
+        assert request.output_token_ids == expected[: len(request.output_token_ids)]
+        if output.finish_reason is not None:
+            assert request.output_token_ids == expected
+            assert request.request_id not in self.scheduler.requests
+            self.forget(request.request_id)
+
+    def forget(self, name: str) -> None:
+        del self.progress[name]
+        self.reserved.discard(name)
+        self.prefill_only.discard(name)
+
+    @invariant()
+    def is_sound(self) -> None:
+        self.scheduler.check_integrity()
+        assert self.scheduler.requests.keys() == self.progress.keys()
+        requests = self.scheduler.requests.values()
+        num_held_blocks = sum(len(self.pool.table(request.request_id)) for request in requests)
+        assert self.pool.num_free_blocks + self.pool.num_retired_blocks + num_held_blocks == self.pool.num_blocks
+
+    def teardown(self) -> None:
+        """Everything ends once the held ones are joined or released, and then nothing is held."""
+        for _ in range(20_000):
+            if self.plan is not None:
+                self.finish_step(fails=False)
+            elif self.num_settled() == 0:
+                self.schedule()
+                if self.plan is None:
+                    break
+            self.is_sound()
+        assert not self.scheduler.requests
+        assert self.pool.num_free_blocks == self.pool.num_blocks
+
+    def num_settled(self) -> int:
+        """Join what is reserved, release what is prefilled; returns how many."""
+        held = [name for name, r in self.scheduler.requests.items() if r.state is RequestState.HELD]
+        for name in held:
+            if name in self.reserved:
+                self.arrive(name)
+            else:
+                self.scheduler.release(name)
+                self.forget(name)
+        return len(held)
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestScheduler = SchedulerMachine.TestCase
+
+
+prompts = st.lists(st.lists(st.integers(1, VOCAB_SIZE - 1), min_size=1, max_size=12), min_size=1, max_size=8)
+
+
+@given(prompts=prompts, num_blocks=st.integers(4, 8), max_num_batched_tokens=st.integers(1, 16))
+@settings(deadline=None)
+def test_equal_calls_give_equal_plans(prompts: list[list[int]], num_blocks: int, max_num_batched_tokens: int) -> None:
+    def plans() -> list[Plan]:
+        pool, memory = BlockPool(num_blocks, block_size=4), PagedMemory(block_size=4)
+        scheduler = Scheduler(
+            pool, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=4, max_model_len=num_blocks * 4
+        )
+        for number, prompt in enumerate(prompts):
+            scheduler.add(Request(str(number), prompt, SamplingParams(max_tokens=8)))
+        made = []
+        while plan := scheduler.schedule():
+            made.append(plan)
+            scheduler.update(plan, compute(plan, memory))
+        assert not scheduler.requests
+        return made
+
+    assert plans() == plans()
