@@ -1,0 +1,121 @@
+"""A running Penstock: what `penstock serve`, the demo and the tests start and stop."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from types import TracebackType
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.config import ClusterConfig, PoolConfig
+from cluster.launcher import Launcher, SubprocessLauncher
+from cluster.spec import Endpoints, RouterSpec, WorkerSpec
+from core.errors import UnavailableError
+from core.messages import WorkerRole
+from engine.model_config import ModelConfig
+
+SERVICE = "penstock.v1.Inference"
+FAILURE_CHECK_S = 1.0
+
+
+class Cluster:
+    """Router and workers of one configuration. Owns the launcher, and with it every process; `close` ends them all."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+        self.launcher: Launcher
+        self.endpoints: Endpoints
+
+    def __enter__(self) -> Cluster:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start everything and wait until it can serve.
+
+        Raises CheckpointError before anything is started, UnavailableError with the reason where it does not come up;
+        then nothing is left running.
+        """
+        config, deadline = self.config, time.monotonic() + self.config.startup_timeout_s
+        ModelConfig.from_folder(config.model)
+        self.launcher = _launcher(config)
+        try:
+            router = RouterSpec(
+                config.model.resolve(), config.model_name, config.engine.max_model_len, config.router, config.log_level
+            )
+            self.endpoints = self.launcher.start_router(router, deadline - time.monotonic())
+            for spec in self._workers():
+                self.launcher.start_worker(spec)
+            self._wait_until_serving(deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.launcher.close()
+
+    def _workers(self) -> list[WorkerSpec]:
+        config = self.config
+        pools: dict[WorkerRole, PoolConfig] = {
+            WorkerRole.PREFILL: config.prefill,
+            WorkerRole.DECODE: config.decode,
+            WorkerRole.MIXED: config.mixed,
+        }
+        num_workers = sum(pool.num_workers for pool in pools.values())
+        shared_cores = max(1, (os.cpu_count() or 1) // num_workers)  # one host: its cores are shared
+        return [
+            WorkerSpec(
+                worker_id=f"{role.value}-{index}",
+                role=role,
+                model=config.model.resolve(),
+                model_name=config.model_name,
+                engine=replace(
+                    config.engine,
+                    num_threads=config.engine.num_threads
+                    or (max(1, int(pool.num_cpus)) if config.ray_address else shared_cores),
+                ),
+                transfer=config.transfer,
+                host="" if config.ray_address else config.host,
+                num_cpus=pool.num_cpus,
+                num_gpus=pool.num_gpus,
+                drain_timeout_s=config.drain_timeout_s,
+                log_level=config.log_level,
+            )
+            for role, pool in pools.items()
+            for index in range(pool.num_workers)
+        ]
+
+    def _wait_until_serving(self, deadline: float) -> None:
+        """Follow the router's health until it serves; between, ask the launcher whether it ever will."""
+        while time.monotonic() < deadline:
+            timeout_s = min(FAILURE_CHECK_S, deadline - time.monotonic())
+            with grpc.insecure_channel(self.endpoints.grpc) as channel:
+                stub = health_pb2_grpc.HealthStub(channel)
+                try:
+                    for reply in stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=timeout_s):
+                        if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                            return
+                except grpc.RpcError as error:
+                    if error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                        raise UnavailableError(f"the router fails its health check: {error.details()}") from error
+            if reason := self.launcher.failure():
+                raise UnavailableError(reason)
+        raise UnavailableError(
+            f"no worker could serve within {self.config.startup_timeout_s:g} s; the log of the workers says why"
+        )
+
+
+def _launcher(config: ClusterConfig) -> Launcher:
+    if config.launcher == "subprocess":
+        return SubprocessLauncher()
+    from cluster.ray_launcher import RayLauncher  # Ray takes a second to import; not everyone needs it
+
+    return RayLauncher(config)

@@ -1,0 +1,182 @@
+"""The launcher for clusters: every process is a Ray actor in a placement group, restarted by Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import threading
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util import get_node_ip_address
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ClusterConfig, from_json, to_json
+from cluster.process import Process
+from cluster.spec import Endpoints, RouterSpec, WorkerSpec
+from core.errors import UnavailableError
+
+CALL_TIMEOUT_S = 10.0
+ROUTER_CPUS = 0.01
+"""A router waits more than it computes; what it needs beside workers is for the operator to leave."""
+
+
+def drain_on_sigterm(process: Process) -> None:
+    """SIGTERM drains, then ends this actor's process. Called in `__init__`, which Ray runs in the main thread."""
+
+    def end() -> None:
+        code = process.wait()
+        os._exit(code)  # Ray's main loop does not return; everything of ours is closed
+
+    threading.Thread(target=end, name="wait", daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: process.drain())
+
+
+class RouterActor:
+    """The router in an actor."""
+
+    def __init__(self, spec: str) -> None:
+        from cluster.router_process import RouterProcess  # here, where it runs
+
+        self._router = RouterProcess(from_json(RouterSpec, spec), host=get_node_ip_address())
+        self._endpoints = self._router.start()
+        drain_on_sigterm(self._router)
+
+    def endpoints(self) -> str:
+        return to_json(self._endpoints)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class WorkerActor:
+    """A worker in an actor: started again by Ray, it loads and registers anew."""
+
+    def __init__(self, spec: str, router: Any) -> None:
+        from cluster.worker_process import WorkerProcess
+
+        def router_address() -> str:
+            try:
+                return from_json(Endpoints, ray.get(router.endpoints.remote(), timeout=CALL_TIMEOUT_S)).grpc
+            except RayError as error:
+                raise ConnectionError(f"the router's actor does not answer: {error}") from error
+
+        worker = from_json(WorkerSpec, spec)
+        self._worker = WorkerProcess(replace(worker, host=worker.host or get_node_ip_address()), router_address)
+        self._worker.start()
+        drain_on_sigterm(self._worker)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def drain(self) -> None:
+        """Returns when nothing is left to do; the process ends at about that moment."""
+        self._worker.drain()
+        self._worker.wait()
+
+
+class RayLauncher:
+    """Owns its actors and placement groups, and the local Ray where it started one."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._actors: dict[str, Any] = {}
+        self._groups: dict[str, PlacementGroup] = {}
+        self._owns_ray = config.ray_address is None
+        if self._owns_ray:
+            # Ray would turn token authentication on by itself and leave a token in the home folder.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        pools = {"prefill": config.prefill, "decode": config.decode, "mixed": config.mixed}
+        num_cpus = ROUTER_CPUS + sum(pool.num_workers * pool.num_cpus for pool in pools.values())
+        local = {
+            "num_cpus": max(num_cpus, os.cpu_count() or 1),
+            "resources": {role: pool.num_workers for role, pool in pools.items() if pool.num_workers},
+            "include_dashboard": False,
+        }
+        ray.init(
+            address=config.ray_address or "local",
+            namespace="penstock",
+            log_to_driver=config.log_level in ("debug", "info"),
+            logging_level=config.log_level,
+            **(local if self._owns_ray else {}),
+        )
+
+    def start_router(self, spec: RouterSpec, deadline_s: float) -> Endpoints:
+        group = self._place("router", {"CPU": ROUTER_CPUS}, deadline_s)
+        router = self._actor(RouterActor, group, num_cpus=ROUTER_CPUS).remote(to_json(spec))
+        self._actors["router"] = router
+        try:
+            return from_json(Endpoints, ray.get(router.endpoints.remote(), timeout=deadline_s))
+        except GetTimeoutError as error:
+            raise UnavailableError(f"the router did not start within {deadline_s:g} s") from error
+        except RayActorError as error:
+            raise UnavailableError(f"the router did not start: {_cause(error)}") from error
+
+    def start_worker(self, spec: WorkerSpec) -> None:
+        resources = {"CPU": spec.num_cpus, "GPU": spec.num_gpus, spec.role.value: 1.0}
+        group = self._place(spec.worker_id, {name: share for name, share in resources.items() if share}, None)
+        options = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": {spec.role.value: 1.0}}
+        worker = self._actor(WorkerActor, group, **options)
+        self._actors[spec.worker_id] = worker.remote(to_json(spec), self._actors["router"])
+
+    def stop_worker(self, worker_id: str, drain_timeout_s: float) -> None:
+        worker = self._actors.pop(worker_id)
+        with contextlib.suppress(RayError):
+            ray.get(worker.drain.remote(), timeout=drain_timeout_s)
+        ray.kill(worker)
+        remove_placement_group(self._groups.pop(worker_id))
+
+    def pids(self) -> dict[str, int]:
+        calls = {name: actor.pid.remote() for name, actor in self._actors.items()}
+        pids = {}
+        for name, call in calls.items():
+            with contextlib.suppress(RayError):
+                pids[name] = ray.get(call, timeout=CALL_TIMEOUT_S)
+        return pids
+
+    def failure(self) -> str | None:
+        for name, actor in self._actors.items():
+            try:
+                ray.get(actor.pid.remote(), timeout=0)
+            except GetTimeoutError:
+                continue
+            except RayActorError as error:
+                return f"{name} did not start: {_cause(error)}"
+        return None
+
+    def close(self) -> None:
+        if not ray.is_initialized():
+            return
+        for actor in self._actors.values():
+            ray.kill(actor)
+        for group in self._groups.values():
+            remove_placement_group(group)
+        self._actors.clear()
+        self._groups.clear()
+        ray.shutdown()
+
+    def _place(self, name: str, resources: dict[str, float], deadline_s: float | None) -> PlacementGroup:
+        """A placement group of one bundle; with a deadline, wait until the resources are there."""
+        group = self._groups[name] = placement_group([resources], strategy="STRICT_PACK", name=f"penstock-{name}")
+        if deadline_s is not None and not group.wait(deadline_s):
+            raise UnavailableError(f"no Ray node with {resources} free for {name} within {deadline_s:g} s")
+        return group
+
+    def _actor(self, kind: type, group: PlacementGroup, **resources: Any) -> Any:
+        return ray.remote(kind).options(
+            max_restarts=-1,
+            max_concurrency=4,  # `__init__` in the main thread, calls beside it
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            **resources,
+        )
+
+
+def _cause(error: RayActorError) -> str:
+    """The last line of a remote traceback: what went wrong, without where."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

