@@ -40,8 +40,8 @@ class RetryAdvice:
     Everyone who is turned away is given the next place in an imagined line, which moves by one with each end.
     """
 
-    def __init__(self, *, window: int = 64, unknown_s: float = 5.0, min_s: float = 0.1, max_s: float = 60.0) -> None:
-        self._ends_s: deque[float] = deque(maxlen=window)
+    def __init__(self, *, window: int = 256, unknown_s: float = 5.0, min_s: float = 0.1, max_s: float = 60.0) -> None:
+        self._ends_s: deque[float] = deque(maxlen=window)  # of the last `max_s` seconds
         self._unknown_s, self._min_s, self._max_s = unknown_s, min_s, max_s
         self._line = 0
 
@@ -52,6 +52,8 @@ class RetryAdvice:
     def retry_after_s(self, now_s: float) -> float:
         """For one more who is turned away now."""
         self._line += 1
+        while self._ends_s and self._ends_s[0] < now_s - self._max_s:
+            self._ends_s.popleft()
         if not self._ends_s:
             return self._unknown_s
         seconds_per_end = (now_s - self._ends_s[0]) / len(self._ends_s)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from core.errors import IntegrityError, PenstockError
 from core.events import LifecycleEvent
@@ -44,7 +45,6 @@ class Failure:
     reason: str
     message: str
     incarnation: str | None = None
-    worker_id: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,12 +68,13 @@ class Hold:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """The current attempt at a request. `since_s` is when its stage began."""
+    """The current attempt at a request. `since_s` is when its stage began; `decoding` once decode sent a token."""
 
     ticket: Ticket
     work: Work
     stage: Stage
     since_s: float
+    decoding: bool = False
     finish_reason: FinishReason | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -94,8 +95,8 @@ class Entry:
     """One request, from arrival until nothing of it is left anywhere.
 
     `seq` is its place in the queue, kept over retries. Each ticket gets the next `num_attempts`; only failed ones, not
-    refused ones, are `num_failures`. `refusals` are the loads of workers that had no room. Tokens streamed so far are
-    `request.output_token_ids`.
+    refused ones, are `num_failures`. `refusals` are the loads of workers that had no room, `refusal` is the reason the
+    last one gave. Tokens streamed so far are `request.output_token_ids`.
     """
 
     request: Request
@@ -109,8 +110,10 @@ class Entry:
     failure: Failure | None = None
     avoid: set[str] = field(default_factory=set)
     refusals: dict[str, Load] = field(default_factory=dict)
+    refusal: str = ""
     holds: list[Hold] = field(default_factory=list)
     history: list[tuple[LifecycleEvent, float]] = field(default_factory=list)
+    last_token_s: float | None = None
     ended: bool = False
     finish_reason: FinishReason | None = None
     error: PenstockError | None = None
@@ -148,8 +151,27 @@ class Counts:
     release_timeouts: int = 0
 
 
-Observer = Callable[[Entry, LifecycleEvent, float], None]
-"""Told every life-cycle event, with the time."""
+class Observer(Protocol):
+    """Telemetry's view of the router. Called on the event loop; must not wait."""
+
+    def on_event(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None:
+        """At RETRIED `entry.failure`, at REFUSED `entry.refusal`, at FAILED `entry.error` say why."""
+
+    def on_tokens(self, entry: Entry, num_tokens: int, gap_s: float) -> None:
+        """Tokens came for a request that had some, `gap_s` after those."""
+
+    def on_cluster_change(self) -> None:
+        """Workers or pairs came or went."""
+
+
+class Silent:
+    """Observes nothing."""
+
+    def on_event(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None: ...
+
+    def on_tokens(self, entry: Entry, num_tokens: int, gap_s: float) -> None: ...
+
+    def on_cluster_change(self) -> None: ...
 
 
 class Ledger:
@@ -167,7 +189,12 @@ class Ledger:
 
     def note(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None:
         entry.history.append((event, now_s))
-        self._observer(entry, event, now_s)
+        self._observer.on_event(entry, event, now_s)
+
+    def note_tokens(self, entry: Entry, num_tokens: int, now_s: float) -> None:
+        if entry.last_token_s is not None:
+            self._observer.on_tokens(entry, num_tokens, now_s - entry.last_token_s)
+        entry.last_token_s = now_s
 
     def end(self, entry: Entry) -> None:
         """The stream has ended; the entry goes when nothing is held for it any more."""

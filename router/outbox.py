@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 from core.messages import Cancel, Command, Prefill, PromptPart, Reserve
 
@@ -50,3 +51,13 @@ class Outbox:
 
 def count_tokens(command: Bulk) -> int:
     return len(command.token_ids if isinstance(command, PromptPart) else command.work.token_ids)
+
+
+def in_parts(command: Reserve | Prefill, max_tokens: int) -> Iterator[PromptPart | Reserve | Prefill]:
+    """`command` with at most `max_tokens` tokens, after PromptParts that carry those before."""
+    token_ids = command.work.token_ids
+    offset = 0
+    while len(token_ids) - offset > max_tokens:
+        yield PromptPart(command.ticket, offset, token_ids[offset : offset + max_tokens])
+        offset += max_tokens
+    yield replace(command, work=replace(command.work, token_ids=token_ids[offset:], prompt_offset=offset))

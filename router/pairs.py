@@ -81,10 +81,6 @@ class PairTable:
         """A session is gone, and with it the worker's pairs."""
         self._pairs = {names: pair for names, pair in self._pairs.items() if incarnation not in names}
 
-    def is_up(self, prefill: str, decode: str) -> Pair | None:
-        pair = self._pairs.get((prefill, decode))
-        return pair if pair and pair.up else None
-
     def answer_up(self, sender: str, event: PairUp, now_s: float) -> None:
         pair = self._current(event)
         if pair is None or pair.state is not PairState.CONNECTING:

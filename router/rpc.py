@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
-from penstock.v1 import worker_pb2, worker_pb2_grpc
 
 from core.errors import PenstockError
 from core.messages import Command, RouterHello, WorkerRole
+from penstock.v1 import worker_pb2, worker_pb2_grpc
 from router.rpc_commands import command_to_wire
 from router.rpc_events import WireError, WorkerMessage, message_from_wire, role_from_wire
 

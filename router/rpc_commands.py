@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from penstock.v1 import worker_pb2 as pb
-
 from core.kv_layout import KVLayout
 from core.messages import (
     Accept,
@@ -20,6 +18,7 @@ from core.messages import (
 )
 from core.sampling import SamplingParams
 from core.ticket import CommitRecord, SegmentRecord, Ticket
+from penstock.v1 import worker_pb2 as pb
 
 
 def command_to_wire(command: Command) -> pb.Command:

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.v1 import inference_pb2
-from penstock.v1 import worker_pb2 as pb
-
 from core.errors import ErrorCode, PenstockError
 from core.kv_layout import KVLayout
 from core.messages import (
@@ -31,6 +28,8 @@ from core.messages import (
 )
 from core.request import FinishReason
 from core.ticket import CommitRecord, Segment, SegmentRecord
+from penstock.v1 import inference_pb2
+from penstock.v1 import worker_pb2 as pb
 
 
 class WireError(PenstockError):

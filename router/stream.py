@@ -107,5 +107,9 @@ class RequestDispatcher(Protocol):
         """The cluster as it stands now."""
 
     @property
+    def can_serve(self) -> bool:
+        """Whether some worker or pair of workers takes new work."""
+
+    @property
     def max_model_len(self) -> int | None:
         """Most tokens, prompt and output together, that a connected worker can hold; None while there is none."""

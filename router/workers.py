@@ -132,9 +132,24 @@ class Workers:
             if worker.session:
                 yield worker.session.hello, worker
 
-    def get(self, incarnation: str) -> Worker | None:
-        """The worker of that incarnation, while it is connected."""
-        return self._connected.get(incarnation)
+    def hello(self, incarnation: str) -> WorkerHello:
+        """Of a connected worker."""
+        session = self._connected[incarnation].session
+        assert session is not None
+        return session.hello
+
+    def load(self, incarnation: str) -> Load | None:
+        """What a worker last said of itself; None where it is not connected."""
+        worker = self._connected.get(incarnation)
+        return worker.load if worker else None
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Most tokens that some prefill and some decode worker can hold; None while there are none."""
+        hellos = [hello for hello, _ in self.connected()]
+        prefill = max((hello.max_model_len for hello in hellos if hello.role is not WorkerRole.DECODE), default=None)
+        decode = max((hello.max_model_len for hello in hellos if hello.role is not WorkerRole.PREFILL), default=None)
+        return None if prefill is None or decode is None else min(prefill, decode)
 
     def routes(self) -> tuple[Route, ...]:
         """Pairs that are up and mixed workers by themselves, save those that take no new work."""
@@ -163,6 +178,16 @@ class Workers:
         worker.draining = True
         worker.session.send(Drain(deadline_s))
         return True
+
+    def problem(self) -> str:
+        """Why no request can be served, in a clause; empty where one can."""
+        if self.routes():
+            return ""
+        reasons = [pair.reason for pair in self._pairs if pair.reason]
+        if reasons:
+            return f"no pair of workers is up: {reasons[0]}"
+        names = ", ".join(sorted(hello.worker_id for hello, _ in self.connected()))
+        return f"of the workers it takes only {names} is connected" if names else "no worker is connected"
 
     def describe_workers(self, num_credits_used: Callable[[str], int]) -> tuple[WorkerInfo, ...]:
         return tuple(

@@ -1,0 +1,309 @@
+"""The heart of the router: takes requests, queues them, places them late, and sees each to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from itertools import count
+
+from core.clock import Clock
+from core.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    OverloadedError,
+    PenstockError,
+    RequestCancelledError,
+    UnavailableError,
+)
+from core.events import LifecycleEvent
+from core.messages import Event
+from core.request import FinishReason, Request, RequestState
+from router.admission import RetryAdvice, WaitingQueue
+from router.config import DispatchConfig
+from router.flow import AttemptFlow, Outcome, Refusal, TooSlow
+from router.info import ClusterInfo
+from router.ledger import Counts, Entry, Failure, Ledger, Observer, Silent
+from router.policy import ClusterView, Need, Placement, WorkerView, fitting_routes, place
+from router.stream import RequestStream
+from router.workers import Workers
+
+
+class Dispatcher:
+    """Binds late: a request waits here, not with a worker, until a route has room for it.
+
+    Whatever fails is tried again, with the tokens streamed so far as part of the prompt, so that the client sees
+    neither a gap nor a repeat. Lives on one event loop; nothing here waits.
+    """
+
+    def __init__(
+        self, config: DispatchConfig, *, workers: Workers, clock: Clock, observer: Observer | None = None
+    ) -> None:
+        self._config = config
+        self._workers = workers
+        self._clock = clock
+        self._observer = observer or Silent()
+        self._queue = WaitingQueue()
+        self._advice = RetryAdvice()
+        self._seq = count()
+        self._ledger = Ledger(self._observer)
+        self.counts = Counts()
+        self._flow = AttemptFlow(
+            config, workers=workers, ledger=self._ledger, counts=self.counts, clock=clock, on_outcome=self._on_outcome
+        )
+        self._cluster: tuple[object, ...] = ()
+        self._wake_up: asyncio.Handle | None = None
+        workers.subscribe(self)
+
+    # ---- the front doors' side
+
+    def submit(self, request: Request, *, timeout_s: float | None) -> RequestStream:
+        """Queue a request. `OverloadedError` where the queue is full, `InvalidRequestError` where its id is in use or
+        no connected worker could ever hold it. `timeout_s` counts from now; None means no deadline."""
+        self._check(request)
+        now_s = self._clock()
+        stream = RequestStream(
+            request.request_id,
+            max_buffered_tokens=self._config.stream_buffer_tokens,
+            on_cancel=lambda: self._end(entry, error=RequestCancelledError("the client cancelled the request")),
+            on_stop=lambda: self._end(entry, finish_reason=FinishReason.STOP),
+        )
+        entry = Entry(request, stream, next(self._seq), uuid.uuid4().hex, arrived_s=now_s)
+        if timeout_s is not None:
+            entry.deadline_timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, entry, timeout_s)
+        self._ledger.open(entry)
+        self._queue.push(entry)
+        self._pump()
+        return stream
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a request; False where there is none of that id."""
+        entry = self._ledger.live(request_id)
+        if entry is None:
+            return False
+        self._end(entry, error=RequestCancelledError("the request was cancelled"))
+        return True
+
+    def info(self) -> ClusterInfo:
+        """The cluster as it stands now."""
+        return ClusterInfo(
+            workers=self._workers.describe_workers(lambda incarnation: self._ledger.usage(incarnation).num_credits),
+            pairs=self._workers.describe_pairs(),
+            num_queued=len(self._queue),
+            num_running=self._ledger.num_live - len(self._queue),
+        )
+
+    @property
+    def can_serve(self) -> bool:
+        return bool(self._workers.routes())
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self._workers.max_model_len
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._ledger
+
+    def close(self) -> None:
+        """Fail whatever is left. Sessions end afterwards, with `Workers.close()`."""
+        for entry in self._ledger.entries():
+            self._end(entry, error=UnavailableError("the router is shutting down"))
+        if self._wake_up:
+            self._wake_up.cancel()
+
+    def check_integrity(self) -> None:
+        """`IntegrityError` unless queue, ledger, credits and sessions agree."""
+        granted = {hello.incarnation: hello.credits for hello, _ in self._workers.connected()}
+        self._ledger.check_integrity(self._queue, granted)
+
+    def _check(self, request: Request) -> None:
+        if self._ledger.live(request.request_id):
+            raise InvalidRequestError("request_id", request.request_id, "is in use by a request that still runs")
+        longest = self._workers.max_model_len
+        if longest is not None and request.num_tokens + 1 > longest:
+            raise InvalidRequestError("prompt", request.num_tokens, f"must be under {longest} tokens")
+        if len(self._queue) >= self._config.max_queue_len:
+            self._pump()
+        if len(self._queue) >= self._config.max_queue_len:
+            message = f"the queue is full: {len(self._queue)} requests wait"
+            raise OverloadedError(message, self._advice.retry_after_s(self._clock()))
+
+    # ---- the workers' side
+
+    def on_event(self, incarnation: str, event: Event) -> None:
+        self._flow.on_event(incarnation, event)
+
+    def on_lost(self, incarnation: str, reason: str) -> None:
+        self._flow.on_lost(incarnation, reason)
+
+    def on_pair_down(self, prefill: str, decode: str, epoch: int, reason: str) -> None:
+        self._flow.on_pair_down(prefill, decode, epoch, reason)
+
+    def on_change(self) -> None:
+        """Look at the queue again, once for all that happens in this turn of the loop."""
+        if self._wake_up is None:
+            self._wake_up = asyncio.get_running_loop().call_soon(self._pump)
+
+    def live_transfer_ids(self, incarnation: str) -> tuple[str, ...]:
+        return self._ledger.live_transfer_ids(incarnation)
+
+    # ---- placing
+
+    def _pump(self) -> None:
+        """Place from the head of the queue for as long as there is room. Who can't be placed at all blocks nobody."""
+        if self._wake_up:
+            self._wake_up.cancel()
+            self._wake_up = None
+        view = self._view()
+        self._notice_cluster(view)
+        for entry in self._queue:
+            decision = place(self._need(entry), view)
+            if isinstance(decision, Placement):
+                self._start(entry, decision)
+                view = self._view()
+            elif decision.possible:
+                return
+            elif entry.unavailable_timer is None:
+                patience_s = self._config.unavailable_timeout_s
+                loop = asyncio.get_running_loop()
+                entry.unavailable_timer = loop.call_later(patience_s, self._give_up, entry)
+
+    def _start(self, entry: Entry, placement: Placement) -> None:
+        self._queue.remove(entry)
+        stop(entry.unavailable_timer)
+        entry.unavailable_timer = None
+        now_s = self._clock()
+        if entry.stats.ttft_s is None:
+            entry.stats.queue_s = now_s - entry.arrived_s
+        self.counts.placements.update(placement.reasons)
+        entry.request.advance(RequestState.RUNNING)
+        self._ledger.note(entry, LifecycleEvent.PLACED, now_s)
+        self._flow.start(entry, placement.route)
+
+    def _need(self, entry: Entry) -> Need:
+        request = entry.request
+        return Need(
+            num_tokens=request.num_tokens,
+            max_total_tokens=request.num_prompt_tokens + request.sampling.max_tokens,
+            avoid=frozenset(entry.avoid),
+            refused_by=frozenset(w for w, load in entry.refusals.items() if self._workers.load(w) == load),
+        )
+
+    def _view(self) -> ClusterView:
+        views = {}
+        for hello, worker in self._workers.connected():
+            usage, load = self._ledger.usage(hello.incarnation), worker.load
+            views[hello.incarnation] = WorkerView(
+                incarnation=hello.incarnation,
+                role=hello.role,
+                block_size=hello.layout.block_size,
+                max_model_len=hello.max_model_len,
+                num_free_credits=hello.credits - usage.num_credits,
+                num_free_blocks=load.num_free_blocks - usage.pending_blocks,
+                num_active=max(load.num_running + load.num_waiting + load.num_held, usage.num_credits),
+                num_waiting_tokens=max(load.num_waiting_tokens, usage.pending_tokens),
+            )
+        return ClusterView(views, self._workers.routes())
+
+    def _notice_cluster(self, view: ClusterView) -> None:
+        """Those who waited for any worker at all, and now may have one, wait without limit again."""
+        cluster = (frozenset(view.workers), view.routes)
+        if cluster == self._cluster:
+            return
+        self._cluster = cluster
+        for entry in self._queue:
+            if entry.unavailable_timer and fitting_routes(self._need(entry), view):
+                entry.unavailable_timer.cancel()
+                entry.unavailable_timer = None
+        self._observer.on_cluster_change()
+
+    def _give_up(self, entry: Entry) -> None:
+        problem = self._workers.problem() or f"no connected worker can hold {entry.num_tokens} tokens"
+        self._end(entry, error=UnavailableError(f"waited {self._config.unavailable_timeout_s:g} s, but {problem}"))
+
+    # ---- ends
+
+    def _on_outcome(self, entry: Entry, outcome: Outcome) -> None:
+        match outcome:
+            case FinishReason():
+                self._end(entry, finish_reason=outcome)
+            case Refusal():
+                self._on_refused(entry, outcome)
+            case Failure():
+                self._on_failed(entry, outcome)
+            case TooSlow():
+                limit = self._config.stream_buffer_tokens
+                message = f"the client reads too slowly: over {limit} tokens wait to be read"
+                self._end(entry, error=OverloadedError(message, retry_after_s=1.0))
+
+    def _on_refused(self, entry: Entry, refusal: Refusal) -> None:
+        """Back to the head of the queue. A worker that refuses while it has nothing to do would do so for ever."""
+        self.counts.refusals[refusal.reason] += 1
+        entry.refusal = refusal.reason
+        load = self._workers.load(refusal.incarnation)
+        idle = load and not (load.num_running or load.num_waiting or load.num_held or load.draining)
+        if idle and not self._ledger.usage(refusal.incarnation).num_credits:
+            self._on_failed(entry, Failure("refused_idle", f"an idle worker refused: {refusal.reason}"))
+            return
+        if load:
+            entry.refusals[refusal.incarnation] = load
+        self._requeue(entry, LifecycleEvent.REFUSED)
+
+    def _on_failed(self, entry: Entry, failure: Failure) -> None:
+        self.counts.failures[failure.reason] += 1
+        entry.failure = failure
+        entry.num_failures += 1
+        if failure.incarnation:
+            entry.avoid.add(failure.incarnation)
+        if entry.num_failures < self._config.max_attempts:
+            self._requeue(entry, LifecycleEvent.RETRIED)
+            return
+        message = f"gave up after {entry.num_failures} attempts, the last on {failed_on(entry)}: {failure.message}"
+        self._end(entry, error=UnavailableError(message))
+
+    def _requeue(self, entry: Entry, event: LifecycleEvent) -> None:
+        entry.request.advance(RequestState.WAITING)
+        self._ledger.note(entry, event, self._clock())
+        self._queue.push(entry)
+        self.on_change()
+
+    def _expire(self, entry: Entry, timeout_s: float) -> None:
+        self._end(entry, error=DeadlineExceededError(f"not finished within {timeout_s:g} s"))
+
+    def _end(
+        self, entry: Entry, *, finish_reason: FinishReason | None = None, error: PenstockError | None = None
+    ) -> None:
+        """Exactly one end: of a request that had one already, nothing changes."""
+        if entry.ended:
+            return
+        now_s = self._clock()
+        stop(entry.deadline_timer)
+        stop(entry.unavailable_timer)
+        self._queue.remove(entry)
+        entry.finish_reason, entry.error = finish_reason, error
+        self._flow.fence(entry, "stopped" if error is None else error.code.name.lower())
+        entry.request.advance(RequestState.FINISHED)
+        entry.request.finish_reason = finish_reason
+        entry.stats.e2e_s = now_s - entry.arrived_s
+        if error is None:
+            self._ledger.note(entry, LifecycleEvent.FINISHED, now_s)
+            entry.stream.push((), finish_reason)
+        else:
+            cancelled = isinstance(error, RequestCancelledError)
+            self._ledger.note(entry, LifecycleEvent.CANCELLED if cancelled else LifecycleEvent.FAILED, now_s)
+            entry.stream.fail(error)
+        self._ledger.end(entry)
+        self._advice.on_end(now_s)
+        self.on_change()
+
+
+def failed_on(entry: Entry) -> str:
+    stats = entry.stats
+    if stats.prefill_worker == stats.decode_worker:
+        return f"worker {stats.prefill_worker}"
+    return f"workers {stats.prefill_worker} and {stats.decode_worker}"
+
+
+def stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer:
+        timer.cancel()

@@ -1,0 +1,344 @@
+"""One attempt at a request, from its placement to its outcome: what is said to the two workers, and what they answer.
+
+```
+router              decode worker                prefill worker
+  ── Reserve ─────────▶
+  ◀──────── Reserved ──
+  ── Prefill ────────────────────────────────────────▶
+  ◀────────────── Prefilled (first token, record) ────   the token goes to the client at once
+  ── Accept ──────────▶
+  ◀──────── Accepted ──
+  ── Release ────────────────────────────────────────▶
+  ◀──────── Tokens ... ◀────────── Released (figures) ─
+```
+A local attempt is Prefill, Prefilled, Tokens with one worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from core.clock import Clock
+from core.events import LifecycleEvent
+from core.messages import (
+    Accept,
+    Accepted,
+    AttemptFailed,
+    Cancel,
+    Event,
+    Prefill,
+    Prefilled,
+    Refused,
+    Release,
+    Released,
+    Reserve,
+    Reserved,
+    SequenceTokens,
+    StepTokens,
+    TransferStats,
+    Work,
+)
+from core.request import FinishReason
+from core.ticket import Ticket
+from router.config import DispatchConfig
+from router.ledger import Attempt, Counts, Entry, Failure, Hold, Ledger, Stage
+from router.outbox import in_parts
+from router.policy import Route, num_blocks_for
+from router.workers import Workers
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A worker had no room."""
+
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TooSlow:
+    """The client does not read what was streamed to it."""
+
+
+Outcome = FinishReason | Refusal | Failure | TooSlow
+AttemptEvent = Reserved | Refused | Prefilled | Accepted | Released | SequenceTokens | AttemptFailed
+
+
+class AttemptFlow:
+    """Drives the attempts of all requests. `on_outcome` hears once of every attempt begun, unless it was fenced.
+
+    When it hears, the attempt is off the entry and both workers were told to let go: it may end the request or queue
+    it again, but must not begin another attempt before it returns.
+    """
+
+    def __init__(
+        self,
+        config: DispatchConfig,
+        *,
+        workers: Workers,
+        ledger: Ledger,
+        counts: Counts,
+        clock: Clock,
+        on_outcome: Callable[[Entry, Outcome], None],
+    ) -> None:
+        self._config = config
+        self._workers = workers
+        self._ledger = ledger
+        self._counts = counts
+        self._clock = clock
+        self._on_outcome = on_outcome
+
+    # ---- begin and end
+
+    def start(self, entry: Entry, route: Route) -> None:
+        """Begin the next attempt. Both workers must be connected."""
+        entry.num_attempts += 1
+        request = entry.request
+        ticket = Ticket(
+            request_id=request.request_id,
+            attempt=entry.num_attempts,
+            transfer_id=entry.transfer_id,
+            prefill_incarnation=route.prefill,
+            decode_incarnation=route.decode,
+            pair_epoch=route.epoch,
+        )
+        token_ids = tuple(request.token_ids(0, request.num_tokens))
+        work = Work(token_ids, request.num_prompt_tokens, request.sampling)
+        entry.attempt = Attempt(ticket, work, Stage.PREFILLING if route.local else Stage.RESERVING, self._clock())
+        prefill_hello, decode_hello = self._workers.hello(route.prefill), self._workers.hello(route.decode)
+        entry.stats.prefill_worker, entry.stats.decode_worker = prefill_hello.worker_id, decode_hello.worker_id
+        entry.stats.num_attempts = entry.num_failures + 1
+        num_blocks = num_blocks_for(len(token_ids) + 1, decode_hello.layout.block_size)
+        if route.local:
+            hold = self._ledger.hold(
+                entry, ticket, route.decode, pending_tokens=len(token_ids), pending_blocks=num_blocks
+            )
+            self._prefill(entry, entry.attempt, hold, num_skipped_tokens=0)
+            return
+        self._ledger.hold(entry, ticket, route.prefill, pending_tokens=len(token_ids))
+        decode = self._ledger.hold(entry, ticket, route.decode, pending_blocks=num_blocks)
+        self._tell(decode, Reserve(ticket, work))
+        self._limit(entry, self._config.reserve_timeout_s, "reserve_timeout", route.decode)
+
+    def fence(self, entry: Entry, reason: str) -> None:
+        """Take the attempt off the entry: both workers are told to let go, and nothing they still say counts."""
+        attempt = entry.attempt
+        if attempt is None:
+            return
+        entry.attempt = None
+        attempt.stop_timer()
+        for hold in [*entry.holds]:
+            if hold.ticket is attempt.ticket and not hold.closing:
+                self._let_go(hold, Cancel(attempt.ticket, reason))
+
+    def _fail(self, entry: Entry, reason: str, message: str, incarnation: str | None = None) -> None:
+        self.fence(entry, reason)
+        self._on_outcome(entry, Failure(reason, message, incarnation))
+
+    def _complete(self, entry: Entry, reason: FinishReason) -> None:
+        if entry.attempt:
+            entry.attempt.stop_timer()
+        entry.attempt = None
+        self._on_outcome(entry, reason)
+
+    # ---- what workers say
+
+    def on_event(self, incarnation: str, event: Event) -> None:
+        match event:
+            case StepTokens(sequences):
+                for sequence in sequences:
+                    self._on_attempt_event(incarnation, sequence)
+            case Reserved() | Refused() | Prefilled() | Accepted() | Released() | AttemptFailed():
+                self._on_attempt_event(incarnation, event)
+            case _:
+                self._counts.dropped[type(event).__name__] += 1
+
+    def on_lost(self, incarnation: str, reason: str) -> None:
+        for hold in self._ledger.holds_on(incarnation):
+            self._drop(hold)
+            if not hold.closing:
+                self._fail(hold.entry, "session_lost", f"lost the worker: {reason}", incarnation)
+
+    def on_pair_down(self, prefill: str, decode: str, epoch: int, reason: str) -> None:
+        """Ends the attempts whose KV was still to come on that channel."""
+        for hold in self._ledger.holds_on(decode):
+            ticket, attempt = hold.ticket, hold.entry.attempt
+            if hold.closing or attempt is None or (ticket.prefill_incarnation, ticket.pair_epoch) != (prefill, epoch):
+                continue
+            if attempt.stage in (Stage.RESERVING, Stage.PREFILLING, Stage.ACCEPTING):
+                self._fail(hold.entry, "pair_down", f"the channel broke: {reason}")
+
+    def _on_attempt_event(self, incarnation: str, event: AttemptEvent) -> None:
+        hold = self._ledger.find(incarnation, event.key)
+        attempt = hold.entry.attempt if hold else None
+        match event:
+            case Released() if hold:
+                self._on_released(hold, event)
+            case AttemptFailed() if hold:
+                self._on_failed(hold, event)
+            case Refused() if hold and attempt and not hold.closing and attempt.stage in _REFUSABLE:
+                self._on_refused(hold, event)
+            case Reserved() if hold and attempt and self._expects(hold, attempt, Stage.RESERVING):
+                self._on_reserved(hold, attempt, event)
+            case Prefilled() if hold and attempt and self._expects(hold, attempt, Stage.PREFILLING):
+                self._on_prefilled(hold, attempt, event)
+            case Accepted() if hold and attempt and self._expects(hold, attempt, Stage.ACCEPTING):
+                self._on_accepted(hold, attempt, event)
+            case SequenceTokens() if hold and attempt and not hold.closing:
+                self._on_tokens(hold, attempt, event)
+            case _:
+                self._counts.dropped[type(event).__name__] += 1
+
+    def _expects(self, hold: Hold, attempt: Attempt, stage: Stage) -> bool:
+        """Whether this worker's word is due now: of the current attempt, in this stage, from that half."""
+        ticket = attempt.ticket
+        speaker = ticket.prefill_incarnation if stage is Stage.PREFILLING else ticket.decode_incarnation
+        return hold.ticket is ticket and not hold.closing and attempt.stage is stage and hold.incarnation == speaker
+
+    def _on_reserved(self, hold: Hold, attempt: Attempt, event: Reserved) -> None:
+        now_s = self._clock()
+        hold.entry.stats.reserve_s = attempt.enter(Stage.PREFILLING, now_s)
+        self._ledger.settle(hold)
+        self._ledger.note(hold.entry, LifecycleEvent.RESERVED, now_s)
+        prefill = self._hold_of(hold.entry, attempt.ticket, attempt.ticket.prefill_incarnation)
+        self._prefill(hold.entry, attempt, prefill, event.num_skipped_tokens)
+
+    def _on_refused(self, hold: Hold, event: Refused) -> None:
+        entry = hold.entry
+        self._drop(hold)
+        self.fence(entry, "refused")
+        self._on_outcome(entry, Refusal(hold.incarnation, event.reason))
+
+    def _on_prefilled(self, hold: Hold, attempt: Attempt, event: Prefilled) -> None:
+        entry, ticket = hold.entry, attempt.ticket
+        if event.finish is None and event.record is None and not ticket.local:
+            self._fail(entry, "no_record", "the prefill worker sent no commit record", hold.incarnation)
+            return
+        now_s = self._clock()
+        entry.stats.prefill_s = attempt.enter(Stage.DECODING if ticket.local else Stage.ACCEPTING, now_s)
+        self._ledger.settle(hold)
+        if entry.stats.ttft_s is None:
+            entry.stats.ttft_s = now_s - entry.arrived_s
+            self._ledger.note(entry, LifecycleEvent.FIRST_TOKEN, now_s)
+        if not self._deliver(entry, (event.first_token_id,), now_s):
+            return
+        if event.finish:
+            self._drop(hold)
+            self.fence(entry, "finished")
+            self._complete(entry, event.finish)
+        elif event.record and not ticket.local:
+            decode = self._hold_of(entry, ticket, ticket.decode_incarnation)
+            deadline_s = self._config.accept_deadline_s
+            self._tell(decode, Accept(ticket, event.record, event.first_token_id, deadline_s))
+            self._limit(entry, self._config.accept_timeout_s, "accept_timeout", ticket.decode_incarnation)
+
+    def _on_accepted(self, hold: Hold, attempt: Attempt, event: Accepted) -> None:
+        entry, ticket, now_s = hold.entry, attempt.ticket, self._clock()
+        attempt.enter(Stage.DECODING, now_s)
+        entry.stats.commit_wait_s = event.commit_wait_s
+        self._ledger.note(entry, LifecycleEvent.ACCEPTED, now_s)
+        self._let_go(self._hold_of(entry, ticket, ticket.prefill_incarnation), Release(ticket))
+
+    def _on_tokens(self, hold: Hold, attempt: Attempt, event: SequenceTokens) -> None:
+        entry, now_s = hold.entry, self._clock()
+        if attempt.stage is not Stage.DECODING or hold.incarnation != attempt.ticket.decode_incarnation:
+            message = f"tokens came while the attempt was {attempt.stage.value}"
+            self._fail(entry, "out_of_order", message, hold.incarnation)
+            return
+        if not attempt.decoding:
+            attempt.decoding = True
+            entry.stats.first_decode_step_s = now_s - attempt.since_s
+            self._ledger.note(entry, LifecycleEvent.FIRST_DECODE_TOKEN, now_s)
+        if self._deliver(entry, event.token_ids, now_s) and event.finish:
+            attempt.enter(Stage.FINISHING, now_s)
+            attempt.finish_reason = event.finish
+            self._drop(hold)
+            self._await_figures(entry, attempt, event.finish)
+
+    def _on_released(self, hold: Hold, event: Released) -> None:
+        if event.transfer:
+            add_transfer(hold.entry, event.transfer)
+        self._drop(hold)
+        if not hold.closing:
+            self._fail(hold.entry, "released", "the worker let go without being told to", hold.incarnation)
+
+    def _on_failed(self, hold: Hold, event: AttemptFailed) -> None:
+        self._drop(hold)
+        if not hold.closing:
+            self._fail(hold.entry, event.reason, event.message, hold.incarnation)
+
+    # ---- small steps
+
+    def _prefill(self, entry: Entry, attempt: Attempt, hold: Hold, num_skipped_tokens: int) -> None:
+        self._tell(hold, Prefill(attempt.ticket, attempt.work, num_skipped_tokens))
+        self._ledger.note(entry, LifecycleEvent.PREFILL_SENT, self._clock())
+
+    def _deliver(self, entry: Entry, token_ids: tuple[int, ...], now_s: float) -> bool:
+        """Tokens to the client; False where that ended the attempt, for the client does not read."""
+        if not entry.stream.push(token_ids):
+            self.fence(entry, "client_too_slow")
+            self._on_outcome(entry, TooSlow())
+            return False
+        entry.request.output_token_ids.extend(token_ids)
+        self._ledger.note_tokens(entry, len(token_ids), now_s)
+        return True
+
+    def _await_figures(self, entry: Entry, attempt: Attempt, reason: FinishReason) -> None:
+        """A short answer may be complete before the prefill worker told what the transfer took. No deadline any more."""
+        if entry.deadline_timer:
+            entry.deadline_timer.cancel()
+        if any(hold.ticket is attempt.ticket for hold in entry.holds):
+            loop = asyncio.get_running_loop()
+            attempt.timer = loop.call_later(self._config.stats_grace_s, self._complete, entry, reason)
+        else:
+            self._complete(entry, reason)
+
+    def _tell(self, hold: Hold, command: Reserve | Prefill | Accept) -> None:
+        hold.told = True
+        if isinstance(command, Accept):
+            self._workers.send(hold.incarnation, command)
+        else:
+            self._workers.send(hold.incarnation, *in_parts(command, self._config.prompt_part_tokens))
+
+    def _let_go(self, hold: Hold, command: Cancel | Release) -> None:
+        """Tell the worker, and wait for its word for as long as it might take its lease to run out."""
+        if not hold.told:
+            self._drop(hold)
+            return
+        hold.closing = True
+        self._workers.send(hold.incarnation, command)
+        loop = asyncio.get_running_loop()
+        hold.timer = loop.call_later(self._config.release_timeout_s, self._on_release_overdue, hold)
+
+    def _on_release_overdue(self, hold: Hold) -> None:
+        self._counts.release_timeouts += 1
+        self._drop(hold)
+
+    def _drop(self, hold: Hold) -> None:
+        self._ledger.drop(hold)
+        attempt = hold.entry.attempt
+        if attempt and attempt.ticket is hold.ticket and attempt.finish_reason and attempt.timer:
+            self._complete(hold.entry, attempt.finish_reason)
+
+    def _hold_of(self, entry: Entry, ticket: Ticket, incarnation: str) -> Hold:
+        return next(hold for hold in entry.holds if hold.ticket is ticket and hold.incarnation == incarnation)
+
+    def _limit(self, entry: Entry, seconds: float, reason: str, incarnation: str) -> None:
+        """The attempt fails unless its stage is over in time."""
+        assert entry.attempt is not None
+        message = f"no answer within {seconds:g} s"
+        loop = asyncio.get_running_loop()
+        entry.attempt.timer = loop.call_later(seconds, self._fail, entry, reason, message, incarnation)
+
+
+_REFUSABLE = (Stage.RESERVING, Stage.PREFILLING)
+
+
+def add_transfer(entry: Entry, transfer: TransferStats) -> None:
+    """Transfers of all attempts add up: each was carried."""
+    stats = entry.stats
+    stats.kv_bytes = (stats.kv_bytes or 0) + transfer.num_bytes
+    stats.transfer_s = (stats.transfer_s or 0.0) + transfer.transfer_s
+    stats.transfer_exposed_s = (stats.transfer_exposed_s or 0.0) + transfer.exposed_s
