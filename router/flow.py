@@ -286,7 +286,7 @@ class AttemptFlow:
         return True
 
     def _await_figures(self, entry: Entry, attempt: Attempt, reason: FinishReason) -> None:
-        """A short answer may be complete before the prefill worker told what the transfer took. No deadline any more."""
+        """A short answer may be complete before the transfer's figures are told. Its deadline is met either way."""
         if entry.deadline_timer:
             entry.deadline_timer.cancel()
         if any(hold.ticket is attempt.ticket for hold in entry.holds):
