@@ -39,14 +39,16 @@ def checksum(tensor: Tensor) -> int:
 def _sum_chunks(chunks: Tensor, weights: Tensor, first: int) -> int:
     """Weighted sum of chunks [first, first + N). chunks: [N, W] int32; weights: [W] int64.
 
-    Word j of chunk c weighs `weights[j] * (1 + 2^32 G c) + 2 _CHUNK c`, with G odd: sums that a chunk can give by itself,
-    and a low half that runs on from chunk to chunk.
+    Word j of chunk c weighs `weights[j] * (1 + 2^32 G c) + 2 _CHUNK c`, with G odd: a chunk's own two sums are enough,
+    and the low half runs on from chunk to chunk.
     """
     if chunks.is_cuda:
         wide = chunks.to(torch.int64)
         sums = torch.stack(((wide * weights).sum(dim=1), wide.sum(dim=1)), dim=1).tolist()
     else:  # torch.dot makes one pass and no tensor of products
-        sums = [(int(torch.dot(wide, weights)), int(wide.sum())) for wide in (chunk.to(torch.int64) for chunk in chunks)]
+        sums = [
+            (int(torch.dot(wide, weights)), int(wide.sum())) for wide in (chunk.to(torch.int64) for chunk in chunks)
+        ]
     return sum(
         dot * (1 + (_GOLDEN * c << 32)) + plain * (2 * _CHUNK * c) for c, (dot, plain) in enumerate(sums, start=first)
     )

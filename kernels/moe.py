@@ -36,7 +36,7 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
     order = flat_ids.argsort(stable=True)
     rows = x.index_select(0, order.div(top_k, rounding_mode="floor"))
     counts = flat_ids.bincount(minlength=gate_up.shape[0]).tolist()
-    outputs = [_expert(part, gate_up[e], down[e]) for e, part in enumerate(rows.split(counts)) if counts[e]]
+    outputs = [_expert(part, gate_up[e], down[e]) for e, part in enumerate(torch.split(rows, counts)) if counts[e]]
     unsorted = torch.empty_like(rows).index_copy_(0, order, torch.cat(outputs))
     return torch.bmm(weights.to(x.dtype).unsqueeze(1), unsorted.view(num_tokens, top_k, -1)).squeeze(1)
 

@@ -1,4 +1,4 @@
-"""Philox4x32-10, a counter-based random generator (Salmon, Moraes, Dror & Shaw, SC'11): no state, only (key, counter)."""
+"""Philox4x32-10, a random generator without state (Salmon, Moraes, Dror & Shaw, SC'11): words from (key, counter)."""
 
 from __future__ import annotations
 
@@ -35,4 +35,5 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int], draw: int = 0) -> n
     counters = np.stack((position & _LOW, position >> _HALF, zeros + np.uint64(draw), zeros))
     words = philox4x32(counters, np.stack((seed & _LOW, seed >> _HALF)))
     bits = (words[0] >> np.uint64(5) << np.uint64(26)) | (words[1] >> np.uint64(6))
-    return bits.astype(np.float64) * 2.0**-53
+    numbers: npt.NDArray[np.float64] = np.ldexp(bits.astype(np.float64), -53)
+    return numbers

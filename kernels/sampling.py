@@ -14,10 +14,11 @@ def token_weights(logits: Tensor, temperatures: Tensor) -> Tensor:
     """Softmax as integers: `round(2^44 * exp((logit - best) / temperature))`.
 
     logits: [B, V] float32, V < 2^19; temperatures: [B] float32, > 0; returns [B, V] int64. Integers sum up to the same
-    whatever the order, and a token of weight 0 (below 6e-14 of the best) can't be drawn.
+    whatever the order, and a token of weight 0 (below 3e-14 of the best) can't be drawn.
     """
     best = logits.amax(dim=-1, keepdim=True)
-    return ((logits - best) / temperatures.unsqueeze(1)).exp().to(torch.float64).mul_(_SCALE).round_().to(torch.int64)
+    divisors = temperatures.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    return ((logits - best) / divisors).exp().to(torch.float64).mul_(_SCALE).round_().to(torch.int64)
 
 
 def keep_best_(weights: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int) -> Tensor:
