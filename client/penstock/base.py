@@ -106,7 +106,7 @@ class ClientBase(ABC, Generic[G_co]):
         self._wait_for_ready = wait_for_ready
         self._credentials = credentials
         self._metadata = tuple(metadata)
-        self._options = channel_options(keepalive_s, max_message_bytes)
+        self._options = _channel_options(keepalive_s, max_message_bytes)
         self._sleep = sleep
         self._clock = clock
         self._closed = False
@@ -179,8 +179,12 @@ class ClientBase(ABC, Generic[G_co]):
         return error_from(failure, target=self.target, request_id=request_id)
 
 
-def channel_options(keepalive_s: float, max_message_bytes: int) -> list[tuple[str, Any]]:
-    """gRPC's names for ours; and a lost server is looked for every 0.1 to 2 s instead of every 1 to 120 s."""
+def _channel_options(keepalive_s: float, max_message_bytes: int) -> list[tuple[str, Any]]:
+    """Ours under gRPC's names; and a lost server is looked for every 0.1 to 2 s, not every 1 to 120 s."""
+    if not keepalive_s > 0:
+        raise ValueError(f"keepalive_s: got {keepalive_s!r}, must be > 0; math.inf never probes")
+    if max_message_bytes < 1:
+        raise ValueError(f"max_message_bytes: got {max_message_bytes!r}, must be >= 1")
     options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -199,6 +203,6 @@ def _checked_target(target: str) -> str:
 
 
 def _checked_timeout_s(timeout_s: float) -> float:
-    if not timeout_s > 0:
+    if not isinstance(timeout_s, int | float) or not timeout_s > 0:
         raise InvalidRequestError(f"timeout_s: got {timeout_s!r}, must be > 0; math.inf is no limit", "timeout_s")
     return timeout_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableSequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,9 +78,7 @@ def generate_request(
             request.token_ids.SetInParent()
             _set(request.token_ids, "ids", inputs["token_ids"], name="token_ids")
         case "messages":
-            request.messages.SetInParent()
-            for message in inputs["messages"]:
-                _add_message(request.messages, message)
+            _set_messages(request.messages, inputs["messages"])
     for wire, values in ((request, header), (request.sampling, sampling)):
         for field, value in values.items():
             if value is not None:
@@ -88,21 +86,21 @@ def generate_request(
     return request
 
 
-def _add_message(messages: pb.Messages, message: object) -> None:
-    turn: object = message
-    if isinstance(message, Message):
-        turn = {"role": message.role, "content": message.content}
-    if not isinstance(turn, Mapping) or turn.keys() != {"role", "content"}:
-        fix = "must be a Message, or a mapping of 'role' and 'content' alone"
-        raise InvalidRequestError(f"messages: got {_shorten(message)}, {fix}", "messages")
-    wire = messages.messages.add()
-    for key, value in turn.items():
-        _set(wire, key, value, name="messages")
+def _set_messages(wire: pb.Messages, messages: object) -> None:
+    wire.SetInParent()
+    for message in messages if isinstance(messages, Iterable) else [messages]:
+        turn = {"role": message.role, "content": message.content} if isinstance(message, Message) else message
+        if not isinstance(turn, Mapping) or turn.keys() != {"role", "content"}:
+            fix = "must be a Message, or a mapping of 'role' and 'content' alone"
+            raise InvalidRequestError(f"messages: got {_shorten(message)}, {fix}", "messages")
+        added = wire.messages.add()
+        for key, value in turn.items():
+            _set(added, key, value, name="messages")
 
 
 def _set(wire: WireMessage, field: str, value: Any, name: str | None = None) -> None:
     try:
-        if isinstance(getattr(wire, field), Sequence):
+        if isinstance(getattr(wire, field), MutableSequence):
             getattr(wire, field).extend(value)
         else:
             setattr(wire, field, value)
