@@ -54,7 +54,7 @@ def attention_parameters(config: ModelConfig, layer: int) -> dict[str, Parameter
 
 
 def mlp_parameters(config: ModelConfig, layer: int) -> dict[str, Parameter]:
-    """Of a dense MLP: gate_up [2I, C] and down [C, I]. Of experts: router [E, C], gate_up [E, 2I, C], down [E, C, I]."""
+    """The MLP of one layer: dense, or with a router a mixture of experts."""
     prefix = f"model.layers.{layer}"
     if config.moe is not None and layer in config.moe.layers:
         return _moe_parameters(config, config.moe, prefix)

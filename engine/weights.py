@@ -144,7 +144,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
             raise CheckpointError(
                 f"{stored.file}: tensor {name} is of type {stored.dtype}, must be one of {', '.join(_DTYPES)}"
             )
-    for name in found.keys() - expected.keys():
+    for name in sorted(found.keys() - expected.keys()):
         if not (_UNUSED.fullmatch(name) or (name == "lm_head.weight" and config.tie_word_embeddings)):
             raise CheckpointError(
                 f"{found[name].file}: tensor {name} {list(found[name].shape)} is no part of {config.architecture} "

@@ -1,0 +1,56 @@
+"""How many KV blocks fit into memory."""
+
+from __future__ import annotations
+
+import torch
+
+from core.errors import ConfigError
+from core.kv_layout import KVLayout
+from core.sampling import SamplingParams
+from engine.config import EngineConfig
+from engine.kv_storage import KVStorage
+from engine.model import Model
+from engine.plan import Plan, PlanEntry
+from engine.runner import Runner
+
+
+def num_blocks_that_fit(
+    model: Model, layout: KVLayout, config: EngineConfig, device: torch.device, max_model_len: int
+) -> int:
+    """At most as many as `max_num_seqs` requests of `max_model_len` tokens can use; `ConfigError` where none fits."""
+    usable = config.max_num_seqs * -(-max_model_len // config.block_size)
+    if device.type == "cpu":
+        num_bytes, bytes_per_block = int(config.kv_cache_memory_gib * 2**30), layout.bytes_per_block
+        path, value = "engine.kv_cache_memory_gib", config.kv_cache_memory_gib
+    else:
+        num_bytes = _free_bytes(model, layout, config, device, max_model_len)
+        # Attention gathers the contexts of one layer, padded to at most twice their size.
+        bytes_per_block = layout.bytes_per_block + 2 * layout.bytes_per_block // layout.num_layers
+        path, value = "engine.gpu_memory_utilization", config.gpu_memory_utilization
+    if num_bytes < bytes_per_block:
+        raise ConfigError(path, value, f"must leave room for at least one KV block of {bytes_per_block} bytes")
+    return min(num_bytes // bytes_per_block, usable)
+
+
+def _free_bytes(model: Model, layout: KVLayout, config: EngineConfig, device: torch.device, max_model_len: int) -> int:
+    """What is left of the configured share of the GPU, the activations of the largest step taken off."""
+    plan, num_blocks = _largest_plan(config, max_model_len)
+    runner = Runner(model, KVStorage(layout, num_blocks, device))
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    runner.run(plan)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    del runner
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * config.gpu_memory_utilization) - (total - free) - activations
+
+
+def _largest_plan(config: EngineConfig, max_model_len: int) -> tuple[Plan, int]:
+    """As many sampled rows and as many tokens as a step can have, and the number of blocks that it takes."""
+    sampling = SamplingParams(max_tokens=1, top_p=0.9)
+    rows = [PlanEntry(f"row {i}", (0,), 0, (i,), sampling) for i in range(config.max_num_seqs)]
+    num_tokens = min(config.max_num_batched_tokens, max_model_len)
+    end = len(rows) + -(-num_tokens // config.block_size)
+    prompt = PlanEntry("prompt", (0,) * num_tokens, 0, tuple(range(len(rows), end)), None)
+    return Plan((*rows, prompt)), end
