@@ -1,0 +1,162 @@
+"""One request, from what a client wrote to the text it reads: the pipeline that both front doors share."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from core.request import FinishReason
+from core.stats import RequestStats
+from router.stream import RequestDispatcher, RequestStream, TokenDelta
+from router.validation import Chat, GenerateInput, Prompt, Validator, ValidRequest
+from text.stop_strings import StopMatcher
+from text.tokenizer import Tokenizer
+
+_INLINE_CHARACTERS = 2_000
+"""Tokenizing so much takes about as long as handing it to a thread and back; longer prompts would stall the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Resolved: the seed and the id are those drawn where the client gave none."""
+
+    request_id: str
+    model: str
+    seed: int
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New tokens, and the characters they complete; `text` may lag behind, and either may be empty."""
+
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+    stats: RequestStats
+
+
+class Generation:
+    """A request on its way: any number of TextDelta, then one Done.
+
+    Whoever reads it owns it: `close` it in every case. Closed before its end, the request is cancelled and both
+    workers let go of it. Iterating raises a `PenstockError` where the request fails.
+    """
+
+    def __init__(self, valid: ValidRequest, model: str, tokenizer: Tokenizer, stream: RequestStream) -> None:
+        request = valid.request
+        self.started = Started(request.request_id, model, request.sampling.seed, request.num_prompt_tokens)
+        self._sampling = request.sampling
+        self._stream = stream
+        self._detokenizer = tokenizer.detokenizer(request.prompt_token_ids)
+        self._stops = StopMatcher(valid.stop)
+        self._has_stops = bool(valid.stop)
+        self._num_output_tokens = 0
+        self._finish_reason: FinishReason | None = None
+        self._closed = False
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> TextDelta | Done:
+        if self._closed:
+            raise StopAsyncIteration
+        if self._finish_reason:
+            self._closed = True
+            counts = self.started.num_prompt_tokens, self._num_output_tokens
+            return Done(self._finish_reason, *counts, self._stream.stats)
+        return self._read(await anext(self._stream))
+
+    def close(self) -> None:
+        """Idempotent. Cancels what has not ended."""
+        self._closed = True
+        if not self._finish_reason:
+            self._stream.cancel()
+
+    def _read(self, delta: TokenDelta) -> TextDelta:
+        """Text of a delta. Of the tokens after a stop string nothing is told: they were drawn in vain."""
+        text = ""
+        for num_read, token_id in enumerate(delta.token_ids, start=1):
+            self._num_output_tokens += 1
+            shown, stopped = self._read_token(token_id)
+            text += shown
+            if stopped:
+                self._stream.stop()
+                self._finish_reason = FinishReason.STOP
+                return TextDelta(delta.token_ids[:num_read], text)
+        if delta.finish_reason:
+            rest = self._stops.push(self._detokenizer.flush())
+            text += rest.text if rest.stop else rest.text + self._stops.flush()
+            self._finish_reason = FinishReason.STOP if rest.stop else delta.finish_reason
+        return TextDelta(delta.token_ids, text)
+
+    def _read_token(self, token_id: int) -> tuple[str, bool]:
+        """The text that a token lets out, and whether a stop string is complete.
+
+        A token that ends the request has no text. Stop strings count only after `min_tokens` tokens.
+        """
+        past_minimum = self._num_output_tokens > self._sampling.min_tokens
+        if past_minimum and token_id in self._sampling.stop_token_ids:
+            return "", False
+        text = self._detokenizer.push((token_id,))
+        if not (self._has_stops and past_minimum):
+            return text, False
+        output = self._stops.push(text)
+        return output.text, output.stop is not None
+
+
+class Generator:
+    """Turns inputs into running generations."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        dispatcher: RequestDispatcher,
+        validator: Validator,
+        tokenizer: Tokenizer,
+        executor: Executor,
+    ) -> None:
+        """`executor` tokenizes long prompts, so that the loop goes on serving."""
+        self._model = model
+        self._dispatcher = dispatcher
+        self._validator = validator
+        self._tokenizer = tokenizer
+        self._executor = executor
+
+    async def prepare(self, wanted: GenerateInput) -> ValidRequest:
+        """Validates and tokenizes; nothing is queued yet. `InvalidRequestError`, `UnknownModelError`."""
+        self._validator.check(wanted)
+        if _num_characters(wanted.prompt) <= _INLINE_CHARACTERS:
+            token_ids = self._validator.tokenize(wanted.prompt)
+        else:
+            loop = asyncio.get_running_loop()
+            token_ids = await loop.run_in_executor(self._executor, self._validator.tokenize, wanted.prompt)
+        return self._validator.finish(wanted, token_ids, self._dispatcher.max_model_len)
+
+    def start(self, valid: ValidRequest) -> Generation:
+        """Queues it. `OverloadedError` where there is no room."""
+        stream = self._dispatcher.submit(valid.request, timeout_s=valid.timeout_s)
+        return Generation(valid, self._model, self._tokenizer, stream)
+
+    def cancel(self, request_id: str) -> bool:
+        """False where no request of this id is running."""
+        return self._dispatcher.cancel(request_id)
+
+
+def _num_characters(prompt: Prompt) -> int:
+    """Those that must be tokenized."""
+    match prompt:
+        case str():
+            return len(prompt)
+        case Chat(messages):
+            return sum(len(message.content) for message in messages)
+        case _:
+            return 0

@@ -1,0 +1,191 @@
+"""The public API's messages to and from our own types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, Literal, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from penstock.v1 import inference_pb2 as pb
+
+from core.errors import InvalidRequestError
+from core.messages import WorkerRole
+from core.model_info import ModelInfo
+from core.request import FinishReason
+from core.stats import RequestStats
+from router.generation import Done, Started, TextDelta
+from router.info import ClusterInfo, PairInfo, WorkerInfo
+from router.validation import Chat, GenerateInput, Prompt, SamplingFields
+from text.chat_template import ChatMessage
+
+M = TypeVar("M", bound=Message)
+
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_ROLES = {
+    WorkerRole.PREFILL: pb.WORKER_ROLE_PREFILL,
+    WorkerRole.DECODE: pb.WORKER_ROLE_DECODE,
+    WorkerRole.MIXED: pb.WORKER_ROLE_MIXED,
+}
+_OPTIONAL_SAMPLING: tuple[Literal["temperature", "top_p", "top_k", "seed", "max_tokens", "min_tokens"], ...] = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+)
+
+
+def reader(message_type: type[M]) -> Callable[[bytes], M | InvalidRequestError]:
+    """Parses a request. One that can't be read, or has fields nobody would heed, becomes an error for its handler."""
+
+    def read(data: bytes) -> M | InvalidRequestError:
+        message = message_type()
+        try:
+            message.ParseFromString(data)
+        except DecodeError:
+            name = message_type.DESCRIPTOR.full_name
+            return InvalidRequestError("request", data[:20], f"must be a {name}, with all strings in UTF-8")
+        for path in _unknown_fields(message):
+            where, _, number = path.rpartition(".")
+            return InvalidRequestError(
+                path, "a value", f"must be left out: {where or message_type.DESCRIPTOR.name} has no field {number}"
+            )
+        return message
+
+    return read
+
+
+def _unknown_fields(message: Message) -> Iterator[str]:
+    """Paths of fields that are not in the schema, or not of the type it says: names, then the field's number."""
+    unknown = UnknownFieldSet(message)
+    for i in range(len(unknown)):
+        yield str(unknown[i].field_number)
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        if isinstance(value, Message):
+            yield from (f"{descriptor.name}.{path}" for path in _unknown_fields(value))
+        else:
+            for i, item in enumerate(value):
+                yield from (f"{descriptor.name}[{i}].{path}" for path in _unknown_fields(item))
+
+
+def generate_input(request: pb.GenerateRequest, time_remaining_s: float | None) -> GenerateInput:
+    """`time_remaining_s` is what the call's own deadline leaves."""
+    timeouts = [request.timeout_s] if request.HasField("timeout_s") else []
+    if time_remaining_s is not None:
+        timeouts.append(time_remaining_s)
+    return GenerateInput(
+        prompt=_prompt(request),
+        sampling=_sampling(request.sampling),
+        model=request.model,
+        request_id=request.request_id,
+        timeout_s=min(timeouts, default=None),
+    )
+
+
+def _prompt(request: pb.GenerateRequest) -> Prompt:
+    match request.WhichOneof("input"):
+        case "prompt":
+            return request.prompt
+        case "token_ids":
+            return tuple(request.token_ids.ids)
+        case "messages":
+            return Chat(tuple(ChatMessage(m.role, m.content) for m in request.messages.messages))
+        case _:
+            raise InvalidRequestError("prompt", None, "must be set, or else token_ids or messages")
+
+
+def _sampling(sampling: pb.SamplingParams) -> SamplingFields:
+    return SamplingFields(
+        **{name: getattr(sampling, name) for name in _OPTIONAL_SAMPLING if sampling.HasField(name)},
+        stop=tuple(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def to_started(started: Started) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        started=pb.Started(
+            request_id=started.request_id,
+            model=started.model,
+            seed=started.seed,
+            num_prompt_tokens=started.num_prompt_tokens,
+        )
+    )
+
+
+def to_response(event: TextDelta | Done) -> pb.GenerateResponse:
+    if isinstance(event, TextDelta):
+        return pb.GenerateResponse(delta=pb.Delta(token_ids=event.token_ids, text=event.text))
+    return pb.GenerateResponse(
+        finished=pb.Finished(
+            finish_reason=_FINISH_REASONS[event.finish_reason],
+            num_prompt_tokens=event.num_prompt_tokens,
+            num_output_tokens=event.num_output_tokens,
+            stats=to_stats(event.stats),
+        )
+    )
+
+
+def to_stats(stats: RequestStats) -> pb.RequestStats:
+    """Stages that did not happen stay unset. The message has no `first_decode_step_s`."""
+    known = pb.RequestStats.DESCRIPTOR.fields_by_name
+    values: dict[str, Any] = {f.name: getattr(stats, f.name) for f in fields(stats) if f.name in known}
+    return pb.RequestStats(**{name: value for name, value in values.items() if value is not None})
+
+
+def to_model(model: ModelInfo, *, max_model_len: int, has_chat_template: bool) -> pb.GetModelResponse:
+    return pb.GetModelResponse(
+        name=model.name,
+        architecture=model.architecture,
+        max_model_len=max_model_len,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        has_chat_template=has_chat_template,
+    )
+
+
+def to_server_info(info: ClusterInfo, *, version: str, model: str, uptime_s: float) -> pb.GetServerInfoResponse:
+    return pb.GetServerInfoResponse(
+        version=version,
+        model=model,
+        uptime_s=uptime_s,
+        num_queued=info.num_queued,
+        num_running=info.num_running,
+        workers=[_worker(worker) for worker in info.workers],
+        pairs=[_pair(pair) for pair in info.pairs],
+    )
+
+
+def _worker(worker: WorkerInfo) -> pb.WorkerInfo:
+    return pb.WorkerInfo(
+        worker_id=worker.worker_id,
+        incarnation=worker.incarnation,
+        role=_ROLES[worker.role],
+        address=worker.address,
+        connected=worker.connected,
+        draining=worker.draining,
+        num_running=worker.load.num_running,
+        num_waiting=worker.load.num_waiting,
+        num_blocks=worker.num_blocks,
+        num_free_blocks=worker.load.num_free_blocks,
+        device=worker.device,
+    )
+
+
+def _pair(pair: PairInfo) -> pb.PairInfo:
+    return pb.PairInfo(
+        prefill_worker=pair.prefill_worker,
+        decode_worker=pair.decode_worker,
+        epoch=pair.epoch,
+        up=pair.up,
+        reason=pair.reason,
+    )

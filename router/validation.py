@@ -1,0 +1,200 @@
+"""What a client asked for, checked before anything is queued.
+
+Both front doors speak the same neutral input. Whatever can never succeed is refused here, once, by an
+`InvalidRequestError` that names the field, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from core.errors import InvalidRequestError, UnknownModelError
+from core.model_info import ModelInfo
+from core.request import Request
+from core.sampling import SamplingParams
+from text.chat_template import ChatMessage
+from text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+MAX_STOPS = 16
+MAX_TEMPERATURE = 100.0
+MIN_TEMPERATURE = 1e-5
+"""Below this, sampling is greedy."""
+MIN_TOP_P = 1e-6
+"""Below this, `top_p` leaves one token as well."""
+MAX_REQUEST_ID_LEN = 128
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingFields:
+    """Sampling as a client writes it; None where it says nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    messages: tuple[ChatMessage, ...]
+
+
+Prompt = str | tuple[int, ...] | Chat
+"""Text, token ids, or messages for the model's chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateInput:
+    """One request as it came. An empty `model` means the served one; an empty `request_id` is drawn.
+
+    `default_max_tokens` holds where `max_tokens` is unset, as far as the model's length leaves so much.
+    """
+
+    prompt: Prompt
+    sampling: SamplingFields = SamplingFields()
+    model: str = ""
+    request_id: str = ""
+    timeout_s: float | None = None
+    default_max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ValidRequest:
+    """A request that may be queued. The router applies the stop strings, the workers all else."""
+
+    request: Request
+    stop: tuple[str, ...]
+    timeout_s: float | None
+
+
+class Validator:
+    """Checks requests for one served model.
+
+    `draw_bits(k)` is the source of randomness: k random bits as an integer. It makes seeds and request ids.
+    """
+
+    def __init__(self, model: ModelInfo, tokenizer: Tokenizer, draw_bits: Callable[[int], int]) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._draw_bits = draw_bits
+
+    def check_model(self, name: str) -> None:
+        if name and name != self._model.name:
+            raise UnknownModelError(name, [self._model.name])
+
+    def check(self, wanted: GenerateInput) -> None:
+        """All that can be told without tokenizing, so that a bad request costs next to nothing."""
+        self.check_model(wanted.model)
+        self._sampling(wanted.sampling, max_tokens=self._model.max_model_len)
+        _check_stops(wanted.sampling.stop)
+        self._check_token_ids("stop_token_ids", wanted.sampling.stop_token_ids)
+        _check_unicode("request_id", wanted.request_id)
+        if len(wanted.request_id) > MAX_REQUEST_ID_LEN:
+            raise InvalidRequestError(
+                "request_id", wanted.request_id, f"must have at most {MAX_REQUEST_ID_LEN} characters"
+            )
+        timeout_s = wanted.timeout_s
+        if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
+            raise InvalidRequestError("timeout_s", timeout_s, "must be a finite number of seconds > 0")
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """The prompt's token ids. May run in another thread: slow where the prompt is long."""
+        match prompt:
+            case Chat(messages):
+                if not messages:
+                    raise InvalidRequestError("messages", [], "must hold at least one message")
+                for i, message in enumerate(messages):
+                    _check_unicode(f"messages[{i}].role", message.role)
+                    _check_unicode(f"messages[{i}].content", message.content)
+                return self._tokenizer.encode(self._tokenizer.chat_prompt(messages), add_special_tokens=False)
+            case str():
+                if not prompt:
+                    raise InvalidRequestError("prompt", prompt, "must not be empty")
+                _check_unicode("prompt", prompt)
+                return self._tokenizer.encode(prompt)
+            case _:
+                if not prompt:
+                    raise InvalidRequestError("token_ids", [], "must hold at least one token id")
+                self._check_token_ids("token_ids", prompt)
+                return list(prompt)
+
+    def finish(self, wanted: GenerateInput, prompt_token_ids: list[int], max_model_len: int | None) -> ValidRequest:
+        """Fits a checked, tokenized request into the model's length, or the workers' where they hold less."""
+        limit = min(self._model.max_model_len, max_model_len or self._model.max_model_len)
+        num_prompt = len(prompt_token_ids)
+        if not num_prompt:
+            raise InvalidRequestError("prompt", wanted.prompt, "must not be empty: it has no tokens")
+        if num_prompt >= limit:
+            fix = f"must leave room for one output token within max_model_len = {limit}"
+            raise InvalidRequestError("prompt", f"{num_prompt} tokens", fix)
+        left = limit - num_prompt
+        max_tokens = wanted.sampling.max_tokens
+        if max_tokens is not None and max_tokens > left:
+            fix = f"must be at most {left}: the prompt has {num_prompt} tokens and max_model_len is {limit}"
+            raise InvalidRequestError("max_tokens", max_tokens, fix)
+        default = min(left, wanted.default_max_tokens or left)
+        sampling = self._sampling(wanted.sampling, max_tokens=default)
+        request_id = wanted.request_id or f"{self._draw_bits(128):032x}"
+        return ValidRequest(Request(request_id, prompt_token_ids, sampling), wanted.sampling.stop, wanted.timeout_s)
+
+    def _sampling(self, fields: SamplingFields, *, max_tokens: int) -> SamplingParams:
+        """The client's word, else generation_config.json's, else `max_tokens`, a drawn seed, and plain sampling."""
+        defaults = self._model.defaults
+        top_k = _first(fields.top_k, defaults.top_k, 0)
+        eos = () if fields.ignore_eos else self._model.eos_token_ids
+        params = SamplingParams(
+            max_tokens=_first(fields.max_tokens, max_tokens),
+            temperature=_first(fields.temperature, defaults.temperature, 1.0),
+            top_p=_first(fields.top_p, defaults.top_p, 1.0),
+            top_k=0 if top_k == -1 else top_k,
+            seed=self._draw_bits(64) if fields.seed is None else fields.seed,
+            min_tokens=_first(fields.min_tokens, 0),
+            stop_token_ids=tuple(dict.fromkeys((*fields.stop_token_ids, *eos))),
+        )
+        if params.temperature > MAX_TEMPERATURE:
+            raise InvalidRequestError("temperature", params.temperature, f"must be at most {MAX_TEMPERATURE}")
+        # On their way these become single-precision numbers and 32-bit integers.
+        return replace(
+            params,
+            temperature=0.0 if params.temperature < MIN_TEMPERATURE else params.temperature,
+            top_p=max(params.top_p, MIN_TOP_P),
+            top_k=min(params.top_k, self._model.vocab_size),
+        )
+
+    def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        size = self._model.vocab_size
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
+            position = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < size)
+            raise InvalidRequestError(f"{field}[{position}]", token_ids[position], f"must be a token id below {size}")
+
+
+def _first(*values: T | None) -> T:
+    return next(value for value in values if value is not None)
+
+
+def _check_stops(stops: Sequence[str]) -> None:
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequestError("stop", f"{len(stops)} strings", f"must be at most {MAX_STOPS}")
+    for i, stop in enumerate(stops):
+        if not stop:
+            raise InvalidRequestError(f"stop[{i}]", stop, "must not be empty")
+        _check_unicode(f"stop[{i}]", stop)
+
+
+def _check_unicode(field: str, text: str) -> None:
+    """Half of a surrogate pair is no character: JSON lets one through, UTF-8 has no bytes for it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        fix = f"must be valid Unicode: there is a lone surrogate at character {error.start}"
+        raise InvalidRequestError(field, text[error.start : error.start + 20], fix) from None
