@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
+from weakref import WeakSet
 
 import grpc
 
@@ -111,6 +112,7 @@ class AsyncClient(ClientBase[AsyncGeneration]):
 
     def _connect(self) -> None:
         self._channel: grpc.aio.Channel | None = None  # belongs to a loop: made when one runs
+        self._generations: WeakSet[AsyncGeneration] = WeakSet()
 
     @property
     def _stub(self) -> InferenceAsyncStub:
@@ -126,7 +128,9 @@ class AsyncClient(ClientBase[AsyncGeneration]):
         def start() -> Call:
             return self._stub.Generate(request, **self._call_options(progress.remaining_s()))
 
-        return AsyncGeneration(progress, start, self._sleep or asyncio.sleep)
+        generation = AsyncGeneration(progress, start, self._sleep or asyncio.sleep)
+        self._generations.add(generation)
+        return generation
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a generation, anybody's. False where the server knows of none that is running."""
@@ -155,6 +159,8 @@ class AsyncClient(ClientBase[AsyncGeneration]):
     async def close(self) -> None:
         """Cancel what is running and let go of the connection. Idempotent."""
         self._closed = True
+        for generation in list(self._generations):  # older gRPC leaves calls alone that nobody reads just now
+            await generation.aclose()
         if self._channel is not None:
             await self._channel.close()
 

@@ -103,7 +103,7 @@ def error_from(
 ) -> PenstockError:
     """Our error for a failed call. `num_tokens` is None where the call had not begun to answer."""
     trailing = cast("Iterable[tuple[str, str | bytes]]", failure.trailing_metadata() or ())
-    packed = dict(trailing).get(DETAILS_KEY)
+    packed = next((value for key, value in trailing if key == DETAILS_KEY), None)
     details = unpack_details(packed) if isinstance(packed, bytes) else ErrorDetails()
     error = _error(failure.code(), failure.details() or failure.code().name, details, target, num_tokens)
     error.code = failure.code().name
