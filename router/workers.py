@@ -73,13 +73,13 @@ class Worker:
         return self.session.hello if self.session else None
 
 
-def wall_clock_epochs() -> Callable[[], int]:
+def wall_clock_epochs(wall_clock: Callable[[], float] = time.time) -> Callable[[], int]:
     """Epochs that go on rising when the router restarts: seconds since 1970, or one more than the last."""
     last = 0
 
     def next_epoch() -> int:
         nonlocal last
-        last = max(last + 1, int(time.time()))
+        last = max(last + 1, int(wall_clock()))
         return last
 
     return next_epoch
@@ -223,6 +223,8 @@ class Workers:
                     lambda: self._told().live_transfer_ids(worker.incarnation),
                 )
             except (SessionLostError, WireError) as error:
+                if worker.problem != error.message:  # said once, not at every dial
+                    logger.warning("worker %s is not connected: %s", worker.registration.worker_id, error)
                 self._on_lost(worker, error.message)
             except Exception:
                 logger.exception("worker %s: the session failed", worker.registration.worker_id)
@@ -267,8 +269,6 @@ class Workers:
         self._told().on_change()
 
     def _on_lost(self, worker: Worker, reason: str) -> None:
-        if worker.problem != reason:
-            logger.warning("worker %s is not connected: %s", worker.registration.worker_id, reason)
         worker.problem = reason
         if worker.session is None:
             return
