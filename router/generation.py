@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from core.errors import PenstockError
 from core.request import FinishReason
 from core.stats import RequestStats
 from router.stream import RequestDispatcher, RequestStream, TokenDelta
@@ -123,28 +126,51 @@ class Generator:
         validator: Validator,
         tokenizer: Tokenizer,
         executor: Executor,
+        on_refusal: Callable[[PenstockError], None],
     ) -> None:
-        """`executor` tokenizes long prompts, so that the loop goes on serving."""
+        """`executor` tokenizes long prompts, so that the loop goes on serving. `on_refusal` is told why a request was
+        not let in."""
         self._model = model
         self._dispatcher = dispatcher
         self._validator = validator
         self._tokenizer = tokenizer
         self._executor = executor
+        self._on_refusal = on_refusal
 
     async def prepare(self, wanted: GenerateInput) -> ValidRequest:
         """Validates and tokenizes; nothing is queued yet. `InvalidRequestError`, `UnknownModelError`."""
-        self._validator.check(wanted)
-        if _num_characters(wanted.prompt) <= _INLINE_CHARACTERS:
-            token_ids = self._validator.tokenize(wanted.prompt)
-        else:
-            loop = asyncio.get_running_loop()
-            token_ids = await loop.run_in_executor(self._executor, self._validator.tokenize, wanted.prompt)
-        return self._validator.finish(wanted, token_ids, self._dispatcher.max_model_len)
+        return (await self.prepare_all([wanted]))[0]
+
+    async def prepare_all(self, wanted: Sequence[GenerateInput]) -> list[ValidRequest]:
+        """All are valid, or the first that is not is refused. Equal prompts are tokenized once."""
+        with self._noting_refusals():
+            for each in wanted:
+                self._validator.check(each)
+            token_ids = {
+                prompt: await self._tokenize(prompt) for prompt in dict.fromkeys(each.prompt for each in wanted)
+            }
+            limit = self._dispatcher.max_model_len
+            return [self._validator.finish(each, [*token_ids[each.prompt]], limit) for each in wanted]
 
     def start(self, valid: ValidRequest) -> Generation:
         """Queues it. `OverloadedError` where there is no room."""
-        stream = self._dispatcher.submit(valid.request, timeout_s=valid.timeout_s)
+        with self._noting_refusals():
+            stream = self._dispatcher.submit(valid.request, timeout_s=valid.timeout_s)
         return Generation(valid, self._model, self._tokenizer, stream)
+
+    async def _tokenize(self, prompt: Prompt) -> list[int]:
+        if _num_characters(prompt) <= _INLINE_CHARACTERS:
+            return self._validator.tokenize(prompt)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._validator.tokenize, prompt)
+
+    @contextmanager
+    def _noting_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except PenstockError as error:
+            self._on_refusal(error)
+            raise
 
     def cancel(self, request_id: str) -> bool:
         """False where no request of this id is running."""

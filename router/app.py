@@ -1,0 +1,151 @@
+"""The router as a whole: dispatcher, gRPC and HTTP servers, health and metrics, started and stopped as one."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version as installed_version
+
+import grpc.aio
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+
+from core.clock import Clock
+from core.errors import ConfigError, PenstockError
+from core.model_info import ModelInfo
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.generation import Generator
+from router.health import Health
+from router.http_server import HttpServer
+from router.inference_service import SERVICE, InferenceService, add_to_server
+from router.observer import MetricsObserver, cluster_sample
+from router.openai_http import MAX_BODY_BYTES, OpenAIApi
+from router.registry_service import RegistryService
+from router.validation import Validator
+from router.workers import Workers
+from telemetry.metrics import Metrics
+from text.tokenizer import Tokenizer
+
+REGISTRY = "penstock.v1.Registry"
+
+GRPC_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_BODY_BYTES),
+    ("grpc.so_reuseport", 0),  # or two routers could share a port unnoticed
+    # A client whose machine is gone says no goodbye: probe it, and let clients probe us as often.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+class RouterApp:
+    """Lives on one event loop. `start`, then `stop`; addresses are known in between.
+
+    `clock` is monotonic, `wall_clock` counts seconds since 1970, `draw_bits(k)` gives k random bits, for ids and seeds.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        model: ModelInfo,
+        tokenizer: Tokenizer,
+        router_id: str = "router",
+        clock: Clock = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        draw_bits: Callable[[int], int] = secrets.randbits,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._version = installed_version("penstock-server")
+        self.metrics = Metrics(model.name)
+        self.workers = Workers(config.sessions, router_id=router_id, clock=clock, fingerprint=model.fingerprint or None)
+        self._health = Health(lambda: self.dispatcher.can_serve, [SERVICE])
+        observer = MetricsObserver(self.metrics, self._health.on_change)
+        self.dispatcher = Dispatcher(config.dispatch, workers=self.workers, clock=clock, observer=observer)
+        self.metrics.watch_cluster(lambda: cluster_sample(self.dispatcher.info()))
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._validator = Validator(model, tokenizer, draw_bits)
+        self._generator = Generator(
+            model=model.name,
+            dispatcher=self.dispatcher,
+            validator=self._validator,
+            tokenizer=tokenizer,
+            executor=self._executor,
+            on_refusal=self._on_refusal,
+        )
+        self._openai = OpenAIApi(
+            model=model,
+            validator=self._validator,
+            generator=self._generator,
+            dispatcher=self.dispatcher,
+            metrics=self.metrics.render,
+            wall_clock=wall_clock,
+            draw_bits=draw_bits,
+            version=self._version,
+        )
+        self._grpc: grpc.aio.Server | None = None
+        self._http: HttpServer | None = None
+        self.grpc_address = ""
+        self.http_address = ""
+
+    async def start(self) -> None:
+        """Both servers answer when this returns. `ConfigError` where an address can't be had; nothing is left open."""
+        try:
+            self._http = HttpServer(self._openai.app(), self._config.host, self._config.http_port)
+            self._grpc = await self._start_grpc()
+            await self._http.start()
+        except BaseException:
+            await self.stop(0.0)
+            raise
+        self.http_address = join_address(self._config.host, self._http.port)
+
+    async def stop(self, grace_s: float) -> None:
+        """New requests are refused from now on; those that run have `grace_s`, then they are ended. Idempotent."""
+        await self._health.stop()
+        await asyncio.gather(
+            *([self._grpc.stop(grace_s)] if self._grpc else []),
+            *([self._http.stop(grace_s)] if self._http else []),
+        )
+        self.dispatcher.close()
+        await self.workers.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _start_grpc(self) -> grpc.aio.Server:
+        server = grpc.aio.server(options=GRPC_OPTIONS)
+        service = InferenceService(
+            model=self._model,
+            tokenizer=self._tokenizer,
+            validator=self._validator,
+            generator=self._generator,
+            dispatcher=self.dispatcher,
+            clock=self._clock,
+            version=self._version,
+        )
+        add_to_server(service, server)
+        RegistryService(self.workers).add_to(server)
+        await self._health.start(server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((SERVICE, REGISTRY, health_name, reflection.SERVICE_NAME), server)
+        host, wanted = self._config.host, self._config.grpc_port
+        try:
+            port = server.add_insecure_port(join_address(host, wanted))
+        except RuntimeError as error:
+            raise ConfigError("router.grpc_port", wanted, f"can't be listened on at {host}: {error}") from error
+        await server.start()
+        self.grpc_address = join_address(host, port)
+        return server
+
+    def _on_refusal(self, error: PenstockError) -> None:
+        self.metrics.on_failure(error.code.name.lower())
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

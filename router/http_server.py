@@ -1,0 +1,66 @@
+"""uvicorn inside a loop that is already there, with addresses that are known before it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from core.errors import ConfigError
+
+KEEP_ALIVE_S = 60
+
+
+class HttpServer:
+    """Bound when made, serving from `start` to `stop`. `ConfigError` where the address can't be had."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((host, port))
+        except (OSError, UnicodeError) as error:
+            self._socket.close()
+            raise ConfigError("router.http_port", port, f"can't be listened on at {host}: {error}") from error
+        self.port: int = self._socket.getsockname()[1]
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._socket.listen()
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def stop(self, grace_s: float) -> None:
+        """No new connections; those there are have `grace_s` to end by themselves. Idempotent."""
+        self._socket.close()
+        if self._serving is None:
+            return
+        # What is not over by then is cancelled by uvicorn; the second limit is for the case that this does not help.
+        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
+        self._server.should_exit = True
+        await asyncio.wait({self._serving}, timeout=grace_s + 1.0)
+        self._serving.cancel()
+        await asyncio.gather(self._serving, return_exceptions=True)
+        self._serving = None
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to the process, not to one of its servers."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

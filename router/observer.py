@@ -1,0 +1,61 @@
+"""The ledger's life-cycle events as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from core.events import LifecycleEvent
+from router.info import ClusterInfo
+from router.ledger import Entry
+from telemetry.cluster import ClusterSample, WorkerSample
+from telemetry.metrics import Metrics
+
+
+class MetricsObserver:
+    """`on_cluster_change` is passed on to whom it concerns."""
+
+    def __init__(self, metrics: Metrics, on_cluster_change: Callable[[], None]) -> None:
+        self._metrics = metrics
+        self._pass_on = on_cluster_change
+
+    def on_event(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None:  # noqa: ARG002 - durations are in stats
+        match event:
+            case LifecycleEvent.PLACED:
+                self._metrics.on_attempt()
+            case LifecycleEvent.FIRST_TOKEN if entry.stats.ttft_s is not None:
+                self._metrics.on_first_token(entry.request.num_prompt_tokens, entry.stats.ttft_s)
+            case LifecycleEvent.REFUSED:
+                self._metrics.on_refusal(entry.refusal)
+            case LifecycleEvent.RETRIED if entry.failure:
+                self._metrics.on_retry(entry.failure.reason)
+            case LifecycleEvent.FINISHED if entry.finish_reason:
+                self._metrics.on_success(entry.finish_reason.value, entry.stats)
+            case LifecycleEvent.CANCELLED | LifecycleEvent.FAILED if entry.error:
+                self._metrics.on_failure(entry.error.code.name.lower())
+
+    def on_tokens(self, entry: Entry, num_tokens: int, gap_s: float) -> None:  # noqa: ARG002
+        self._metrics.on_tokens(num_tokens, gap_s)
+
+    def on_cluster_change(self) -> None:
+        self._pass_on()
+
+
+def cluster_sample(info: ClusterInfo) -> ClusterSample:
+    """Of the workers that are connected: of others nothing is known."""
+    return ClusterSample(
+        num_running=info.num_running,
+        num_waiting=info.num_queued,
+        workers=tuple(
+            WorkerSample(
+                worker=worker.worker_id,
+                incarnation=worker.incarnation,
+                num_running=worker.load.num_running,
+                num_waiting=worker.load.num_waiting,
+                num_blocks=worker.num_blocks,
+                num_free_blocks=worker.load.num_free_blocks,
+                num_preemptions=worker.load.num_preemptions,
+            )
+            for worker in info.workers
+            if worker.connected
+        ),
+    )

@@ -1,0 +1,188 @@
+"""The HTTP front door: the OpenAI API, and what operators ask of a server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from core.errors import ErrorCode, InvalidRequestError, PenstockError
+from core.model_info import ModelInfo
+from router.errors import HttpError, InternalServerError, http_error, openai_error
+from router.generation import Generator
+from router.openai_requests import Body, ChatBody, CompletionBody, parse_body
+from router.openai_responses import CHAT, COMPLETION, Format, Json, Writer, model_object
+from router.openai_stream import Answer, Choices, StreamedAnswer, WholeAnswer, to_json
+from router.stream import RequestDispatcher
+from router.validation import GenerateInput, Validator
+from telemetry.metrics import CONTENT_TYPE
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+
+Renamed = Mapping[str, str]
+_PATH = re.compile(r"\w+")
+
+
+class OpenAIApi:
+    """`wall_clock` is seconds since 1970; `draw_bits(k)` gives k random bits, for ids; `metrics` is an exposition."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelInfo,
+        validator: Validator,
+        generator: Generator,
+        dispatcher: RequestDispatcher,
+        metrics: Callable[[], bytes],
+        wall_clock: Callable[[], float],
+        draw_bits: Callable[[int], int],
+        version: str,
+    ) -> None:
+        self._model = model
+        self._validator = validator
+        self._generator = generator
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._wall_clock = wall_clock
+        self._draw_bits = draw_bits
+        self._version = version
+        self._created_s = int(wall_clock())
+
+    def app(self) -> ASGIApp:
+        app = FastAPI(title="Penstock", docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        app.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"])
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/models/{name:path}", self.one_model, methods=["GET"])
+        app.add_api_route("/health", self.health, methods=["GET"])
+        app.add_api_route("/version", self.version, methods=["GET"])
+        app.add_api_route("/metrics", self.metrics, methods=["GET"])
+        app.add_exception_handler(PenstockError, _on_error)
+        app.add_exception_handler(HTTPException, _on_error)
+        app.add_exception_handler(ClientDisconnect, _on_error)
+        app.add_exception_handler(Exception, _on_error)
+        return RequestIds(app, lambda: f"{self._draw_bits(128):032x}")
+
+    # ---- generating
+
+    async def completions(self, request: Request) -> Response:
+        body = parse_body(CompletionBody, await read_body(request))
+        return await self._answer(body, body.inputs(), COMPLETION, {"token_ids": "prompt"})
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = parse_body(ChatBody, await read_body(request))
+        names = {"prompt": "messages"}
+        if body.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return await self._answer(body, body.inputs(), CHAT, names)
+
+    async def _answer(self, body: Body, inputs: list[GenerateInput], form: Format, names: Renamed) -> Answer:
+        """All inputs are valid, or none is queued. `names` are the fields' names in this body."""
+        with renamed(names):
+            valids = await self._generator.prepare_all(inputs)
+        answer_id = f"{form.id_prefix}{valids[0].request.request_id}"
+        writer = Writer(form, answer_id, self._model, int(self._wall_clock()), body.num_per_prompt)
+
+        def start() -> Choices:
+            with renamed(names):
+                return Choices(self._generator, valids)
+
+        if body.stream:
+            return StreamedAnswer(start, writer, include_usage=body.include_usage)
+        return WholeAnswer(start, writer)
+
+    # ---- asking
+
+    async def models(self) -> Response:
+        return json_response({"object": "list", "data": [self._model_object()]})
+
+    async def one_model(self, name: str) -> Response:
+        self._validator.check_model(name)
+        return json_response(self._model_object())
+
+    async def health(self) -> Response:
+        """200 where something can serve, else 503: for load balancers."""
+        serving = self._dispatcher.can_serve
+        return json_response({"status": "ok" if serving else "unavailable"}, 200 if serving else 503)
+
+    async def version(self) -> Response:
+        return json_response({"version": self._version})
+
+    async def metrics(self) -> Response:
+        return Response(self._metrics(), media_type=CONTENT_TYPE)
+
+    def _model_object(self) -> Json:
+        limit = self._dispatcher.max_model_len or self._model.max_model_len
+        return model_object(self._model, min(limit, self._model.max_model_len), self._created_s)
+
+
+class RequestIds:
+    """Gives every response an X-Request-Id: the client's own, or one that is drawn."""
+
+    def __init__(self, app: ASGIApp, draw_id: Callable[[], str]) -> None:
+        self._app = app
+        self._draw_id = draw_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        usable = 0 < len(given) <= 128 and given.isascii() and given.decode("latin-1").isprintable()
+        request_id = given if usable else self._draw_id().encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+async def read_body(request: Request) -> bytes:
+    """`InvalidRequestError` as soon as it is too long."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise InvalidRequestError("body", f"over {MAX_BODY_BYTES} bytes", f"must be at most {MAX_BODY_BYTES} bytes")
+    return bytes(body)
+
+
+@contextmanager
+def renamed(names: Renamed) -> Iterator[None]:
+    """Errors name fields as this API's clients know them."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        field = _PATH.sub(lambda match: names.get(match[0], match[0]), error.field, count=1)
+        raise InvalidRequestError(field, error.value, error.fix) from error
+
+
+def json_response(value: Json, status: int = 200) -> Response:
+    return Response(to_json(value), status, media_type="application/json")
+
+
+async def _on_error(_request: Request, error: Exception) -> Response:
+    match error:
+        case PenstockError():
+            told = http_error(error)
+        case HTTPException():
+            told = HttpError(error.status_code, _no_such_route(error), error.headers or {})
+        case ClientDisconnect():
+            told = HttpError(ErrorCode.CANCELLED.http_status, {}, {})  # nobody is there to read it
+        case _:
+            told = http_error(InternalServerError())
+    return Response(to_json(told.body), told.status, dict(told.headers), media_type="application/json")
+
+
+def _no_such_route(error: HTTPException) -> dict[str, Any]:
+    kind = ErrorCode.NOT_FOUND if error.status_code == 404 else ErrorCode.INVALID_ARGUMENT
+    return openai_error(error.detail, kind.openai_type)
