@@ -79,22 +79,20 @@ class CommitRecord:
     def gap(self, num_layers: int, num_kv_heads: int) -> str | None:
         """What is not covered of `num_layers` x `num_kv_heads` x [num_skipped_tokens, num_tokens), or None."""
         need = (self.num_tokens - self.num_skipped_tokens) * num_kv_heads
-        for layer in range(num_layers):
-            cells = 0
-            spans: list[tuple[int, int, int, int]] = []
-            for record in self.segments:
-                s = record.segment
-                if s.layer != layer:
-                    continue
-                if not (
-                    self.num_skipped_tokens <= s.token_start < s.token_end <= self.num_tokens
-                    and 0 <= s.kv_head_start < s.kv_head_end <= num_kv_heads
-                ):
-                    return f"layer {layer}: a segment outside of the transfer: {s}"
-                spans.append((s.token_start, s.token_end, s.kv_head_start, s.kv_head_end))
-                cells += s.num_tokens * (s.kv_head_end - s.kv_head_start)
-            if overlap(spans):
+        spans: dict[int, list[tuple[int, int, int, int]]] = {layer: [] for layer in range(num_layers)}
+        for record in self.segments:
+            s = record.segment
+            if not (
+                s.layer in spans
+                and self.num_skipped_tokens <= s.token_start < s.token_end <= self.num_tokens
+                and 0 <= s.kv_head_start < s.kv_head_end <= num_kv_heads
+            ):
+                return f"a segment outside of the transfer: {s}"
+            spans[s.layer].append((s.token_start, s.token_end, s.kv_head_start, s.kv_head_end))
+        for layer, rectangles in spans.items():
+            if overlap(rectangles):
                 return f"layer {layer}: segments overlap"
+            cells = sum((end - start) * (head_end - head) for start, end, head, head_end in rectangles)
             if cells != need:
                 return f"layer {layer}: {cells} of {need} (token, KV head) cells"
         return None

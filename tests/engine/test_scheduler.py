@@ -259,14 +259,25 @@ def test_requests_preempted_in_one_step_wait_in_the_order_of_their_arrival() -> 
 
 
 def test_a_prefill_only_request_never_gives_way() -> None:
-    scheduler, pool = make(num_blocks=4, block_size=4)
-    scheduler.add(request("a", 6))
-    scheduler.add(request("kept", 6), prefill_only=True)
-    for _ in range(3):
-        step(scheduler)
+    scheduler, _ = make(num_blocks=4, block_size=4, max_num_batched_tokens=2)
+    scheduler.reserve(request("a", 7))
+    scheduler.join("a", ANY)
+    scheduler.add(request("kept", 7), prefill_only=True)
     plan, _ = step(scheduler)
-    assert (plan.entries, plan.preempted) == ((), ("a",))
-    assert len(pool.table("kept")) == 2
+    assert shape(plan) == [("a", 7, 8, True), ("kept", 0, 1, False)]
+    plan, _ = step(scheduler)
+    assert (shape(plan), plan.preempted) == ([("kept", 1, 3, False)], ("a",))
+
+
+def test_a_prefill_that_gives_way_is_not_in_the_plan_it_gives_way_to() -> None:
+    scheduler, pool = make(num_blocks=4, block_size=4, max_num_batched_tokens=2)
+    scheduler.reserve(request("a", 7))
+    scheduler.join("a", ANY)
+    scheduler.add(request("young", 7))
+    step(scheduler)
+    plan, _ = step(scheduler)
+    assert (shape(plan), plan.preempted) == ([("a", 8, 9, True)], ("young",))
+    assert pool.table("young") == ()
 
 
 @pytest.mark.parametrize("state", list(RequestState))

@@ -161,6 +161,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         for output in self.scheduler.update(plan, result):
             self.check(output)
 
+    @precondition(lambda self: self.plan is None)
+    @rule(num_steps=st.integers(2, 12))
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.schedule()
+            if self.plan is not None:
+                self.is_sound()
+                self.finish_step(fails=False)
+                self.is_sound()
+
     def check(self, output: StepOutput) -> None:
         request = output.request
         expected = undisturbed_output(request, self.max_model_len)
@@ -182,6 +192,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         requests = self.scheduler.requests.values()
         num_held_blocks = sum(len(self.pool.table(request.request_id)) for request in requests)
         assert self.pool.num_free_blocks + self.pool.num_retired_blocks + num_held_blocks == self.pool.num_blocks
+
+    @invariant()
+    def a_step_alone_writes_into_its_blocks(self) -> None:
+        for entry in self.plan.entries if self.plan is not None else ():
+            for name, request in self.scheduler.requests.items():
+                if request is not self.in_step[entry.request_id]:
+                    assert not set(self.pool.table(name)) & set(entry.block_ids)
 
     def teardown(self) -> None:
         """Everything ends once the held ones are joined or released, and then nothing is held."""
