@@ -132,6 +132,17 @@ async def test_closing_the_async_client_frees_a_control_call(server: FakeServer)
         await asking
 
 
+@pytest.mark.anyio
+async def test_cancelling_the_task_of_a_control_call_is_no_error_of_ours(server: FakeServer) -> None:
+    server.stop()
+    async with AsyncClient(server.target, wait_for_ready=True) as client:
+        asking = asyncio.create_task(client.server_info())
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+
 def test_importing_the_package_loads_nothing_but_grpc_and_protobuf() -> None:
     code = "import sys, penstock; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import grpc
 import pytest
 
 from penstock import Delta, FinishReason, Stats, Usage
 from penstock.v1 import inference_pb2 as pb
 from tests.client.conftest import Sdk
-from tests.client.fake_server import FakeServer, delta, finished, says, started, streams
+from tests.client.fake_server import FakeServer, delta, finished, refuses, says, started, streams
 
 
 def test_deltas_come_in_the_order_they_were_sent(sdk: Sdk, server: FakeServer) -> None:
@@ -70,6 +71,13 @@ def test_events_and_reasons_of_a_newer_server_do_no_harm(sdk: Sdk, server: FakeS
     generation = sdk.generate()
     assert sdk.text(generation) == "a"
     assert generation.finish_reason is FinishReason.OTHER
+
+
+def test_a_connection_lost_after_the_last_message_takes_nothing_away(sdk: Sdk, server: FakeServer) -> None:
+    server.play(refuses(grpc.StatusCode.UNAVAILABLE, "gone", after=(started(), delta("a", 1), finished(1))))
+    generation = sdk.generate()
+    assert sdk.text(generation) == "a"
+    assert generation.finish_reason is FinishReason.STOP
 
 
 def test_reading_past_the_end_gives_the_end_again(sdk: Sdk, server: FakeServer) -> None:

@@ -60,7 +60,7 @@ def test_no_server_is_tried_again_until_there_is_one(patience: Patience, server:
 
 
 def test_what_came_before_a_retry_is_forgotten(patience: Patience, server: FakeServer) -> None:
-    server.play(refuses(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", after=(started("req-1"),)), says("a"))
+    server.play(refuses(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", after=(started("req-1"),)), down(), says("a"))
     sdk = patience.connect()
     generation = sdk.generate()
     assert [str(delta) for delta in sdk.read_all(generation)] == ["a"]
