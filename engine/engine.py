@@ -43,8 +43,8 @@ class Engine:
     def from_checkpoint(cls, path: str | Path, config: EngineConfig) -> Self:
         """Load a checkpoint folder and take memory for the KV cache.
 
-        Raises `CheckpointError` for a folder that can't be served, `ConfigError` for a configuration that fits neither it
-        nor this machine. `num_threads` holds for the whole process.
+        Raises `CheckpointError` for a folder that can't be served, and `ConfigError` for a configuration that asks too
+        much of it or of this machine. `num_threads` holds for the whole process.
         """
         model_config = ModelConfig.from_folder(path)
         limit = model_config.max_model_len(config.max_model_len)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -72,23 +72,25 @@ def build_step_inputs(plan: Plan, block_size: int, vocab_size: int, device: torc
         raise IntegrityError(f"a token id of the plan is outside of the vocabulary, [0, {vocab_size})")
     ends = np.cumsum([e.num_tokens for e in entries])
     sampled = [i for i, e in enumerate(entries) if e.sampling is not None]
-    tables = [_tables(group, block_size) for group in groups] + [_tables([e], block_size)[0] for e in prefills]
-    context_lens = [np.array([e.end for e in group]) for group in groups]
-    arrays = [token_ids, *_places(decodes, prefills, block_size), ends[sampled] - 1, *tables, *context_lens]
-    tokens, positions, slots, sampled_rows, *rest = _to_device(arrays, device)
+    (tokens, positions, slots, sampled_rows), group_tables, context_lens, prefill_tables = _to_device(
+        device,
+        [token_ids, *_places(decodes, prefills, block_size), ends[sampled] - 1],
+        [_tables(group, block_size) for group in groups],
+        [np.array([e.end for e in group]) for group in groups],
+        [_tables([e], block_size)[0] for e in prefills],
+    )
+    group_ends, prefill_ends = list(accumulate(map(len, groups))), ends[len(decodes) :].tolist()
     return StepInputs(
-        token_ids=tokens,
-        positions=positions,
-        slots=slots,
+        tokens,
+        positions,
+        slots,
         decode_groups=tuple(
             DecodeGroup(slice(end - len(group), end), table, lens, max(e.end for e in group))
-            for group, end, table, lens in zip(
-                groups, accumulate(map(len, groups)), rest, rest[len(tables) :], strict=False
-            )
+            for group, end, table, lens in zip(groups, group_ends, group_tables, context_lens, strict=True)
         ),
         prefill_spans=tuple(
-            PrefillSpan(slice(int(end) - e.num_tokens, int(end)), table, e.start)
-            for e, end, table in zip(prefills, ends[len(decodes) :], rest[len(groups) : len(tables)], strict=True)
+            PrefillSpan(slice(end - e.num_tokens, end), table, e.start)
+            for e, end, table in zip(prefills, prefill_ends, prefill_tables, strict=True)
         ),
         sampled=tuple(entries[i] for i in sampled),
         sampled_rows=sampled_rows,
@@ -123,10 +125,12 @@ def _places(decodes: Sequence[PlanEntry], prefills: Sequence[PlanEntry], block_s
     return all_positions, np.concatenate(blocks) * block_size + all_positions % block_size
 
 
-def _to_device(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors: one copy for all."""
+def _to_device(device: torch.device, *groups: list[Ints]) -> list[list[Tensor]]:
+    """The arrays as tensors, grouped as they came: one copy for all."""
+    arrays = [array for group in groups for array in group]
     packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    pieces = torch.split(packed, [array.size for array in arrays])
-    return [piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)]
+    pieces = zip(torch.split(packed, [array.size for array in arrays]), arrays, strict=True)
+    tensors = iter([piece.view(array.shape) for piece, array in pieces])
+    return [list(islice(tensors, len(group))) for group in groups]

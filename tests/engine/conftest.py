@@ -1,0 +1,169 @@
+"""Random small checkpoints of every family, and what transformers makes of them.
+
+PENSTOCK_TEST_DEVICE=cuda runs the same tests on a GPU.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("Llama", {"head_dim": 24, "num_key_value_heads": 1, "vocab_size": 211}, "1GB"),
+    "llama_bias_linear_rope": (
+        "Llama",
+        {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+        },
+        "1GB",
+    ),
+    "llama3_rope": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "1GB",
+    ),
+    "qwen2": ("Qwen2", {"vocab_size": 199, "num_hidden_layers": 3}, "60KB"),
+    "qwen3": ("Qwen3", {"head_dim": 40, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}, "1GB"),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}, "1GB"),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 24,
+            "num_hidden_layers": 3,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 36,
+            "mlp_only_layers": [1],
+        },
+        "100KB",
+    ),
+    "qwen3_moe_sparse_step": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+        },
+        "1GB",
+    ),
+}
+"""Name of the variant: family, what is odd about it, and the size of a shard."""
+
+COMMON = {
+    "vocab_size": 223,
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint folder and the float32 model of transformers that was written into it."""
+
+    folder: Path
+    model: Any
+
+    def greedy(self, prompts: list[list[int]], num_tokens: int) -> tuple[list[list[int]], torch.Tensor]:
+        """The next `num_tokens` of each prompt, and the logits [prompts, num_tokens, V] they come from."""
+        device, longest = self.model.device, max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        out = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return out.sequences[:, longest:].tolist(), torch.stack(out.logits, dim=1).float().cpu()
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """[T, V] float32"""
+        logits: torch.Tensor = self.model(torch.tensor([token_ids], device=self.model.device)).logits[0]
+        return logits.float().cpu()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(1)  # small models: more threads only wait for each other
+    return torch.device(os.environ.get("PENSTOCK_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """A test that takes this runs for each of them."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Callable[[str], Reference]:
+    """Makes the checkpoint of a variant, once."""
+    made: dict[str, Reference] = {}
+
+    def get(variant: str) -> Reference:
+        if variant not in made:
+            made[variant] = _make(variant, tmp_path_factory.mktemp(variant), device)
+        return made[variant]
+
+    return get
+
+
+def _make(variant: str, folder: Path, device: torch.device) -> Reference:
+    import transformers
+
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    family, odd, shard_size = VARIANTS[variant]
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **odd})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(sum(map(ord, variant)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _randomize_(name, parameter, generator)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return Reference(folder, model.to(device))
+
+
+def _randomize_(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    """Large enough that outputs vary from prompt to prompt and every tensor matters."""
+    noise = torch.randn(parameter.shape, generator=generator)
+    if "norm" in name:
+        parameter.copy_(1 + 0.2 * noise)
+    elif "embed" in name:
+        parameter.copy_(0.15 * noise)  # else a tied model repeats its input
+    elif parameter.dim() == 1:
+        parameter.copy_(0.5 * noise)
+    else:
+        parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
