@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from penstock.v1 import inference_pb2 as pb
 
 from core.clock import Clock
 from core.errors import InvalidRequestError
 from core.model_info import ModelInfo
+from penstock.v1 import inference_pb2 as pb
 from router.errors import aborting
 from router.generation import Generator
 from router.rpc_inference import generate_input, reader, to_model, to_response, to_server_info, to_started
@@ -100,14 +100,17 @@ def readable(received: M | InvalidRequestError) -> M:
     return received
 
 
+def _to_bytes(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
 def add_to_server(service: InferenceService, server: grpc.aio.Server) -> None:
     """As the generated `add_InferenceServicer_to_server`, but a request that can't be read reaches its handler."""
     unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-    to_bytes = Message.SerializeToString
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Generate": stream(service.generate, reader(pb.GenerateRequest), to_bytes),
-        "Cancel": unary(service.cancel, reader(pb.CancelRequest), to_bytes),
-        "GetModel": unary(service.get_model, reader(pb.GetModelRequest), to_bytes),
-        "GetServerInfo": unary(service.get_server_info, reader(pb.GetServerInfoRequest), to_bytes),
+        "Generate": stream(service.generate, reader(pb.GenerateRequest), _to_bytes),
+        "Cancel": unary(service.cancel, reader(pb.CancelRequest), _to_bytes),
+        "GetModel": unary(service.get_model, reader(pb.GetModelRequest), _to_bytes),
+        "GetServerInfo": unary(service.get_server_info, reader(pb.GetServerInfoRequest), _to_bytes),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
