@@ -1,0 +1,50 @@
+"""Patience and sizes of KV transfers, as a user writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig:
+    """All durations in seconds, on the clock of the worker that waits."""
+
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """What carries the payload; auto is nccl between GPUs and gloo otherwise."""
+    lease_s: float = 5.0
+    """How long a worker holds blocks for a router that does not renew its interest."""
+    progress_timeout_s: float = 30.0
+    """How long a transfer that has begun may stand still before it is given up."""
+    queue_timeout_s: float = 300.0
+    """How long a transfer may wait for its prompt to be computed before it is given up."""
+    connect_timeout_s: float = 10.0
+    """For both sides of a pair to meet."""
+    silence_timeout_s: float = 5.0
+    """A peer that says nothing for so long is dead; must be longer than `keepalive_s`."""
+    keepalive_s: float = 1.0
+    """Between two signs of life on an idle channel."""
+    max_staging_mib: int = 256
+    """Memory for segments on their way out, per pair; a prefill that is faster than the link waits."""
+    coalesce_kib: int = 1024
+    """Segments that wait together leave together, up to this size."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "backend" and not value > 0:
+                raise ConfigError(f"transfer.{f.name}", value, "must be > 0")
+        if self.silence_timeout_s <= self.keepalive_s:
+            raise ConfigError(
+                "transfer.silence_timeout_s", self.silence_timeout_s, f"must be > keepalive_s = {self.keepalive_s:g}"
+            )
+
+    @property
+    def max_staging_bytes(self) -> int:
+        return self.max_staging_mib << 20
+
+    @property
+    def coalesce_bytes(self) -> int:
+        return self.coalesce_kib << 10

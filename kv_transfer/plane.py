@@ -1,0 +1,72 @@
+"""The KV plane of one worker: pairs, sender and receiver together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from core.clock import Clock
+from core.messages import Connect
+from core.ticket import AttemptKey
+from engine.kv_storage import KVStorage
+from kv_transfer.config import TransferConfig
+from kv_transfer.events import Notify
+from kv_transfer.frame import Entry
+from kv_transfer.pairs import MakeTransport, PairKey, Pairs
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+
+
+class KVPlane:
+    """Owns all channels of a worker. `close` ends their threads."""
+
+    def __init__(
+        self,
+        incarnation: str,
+        storage: KVStorage,
+        host: str,
+        config: TransferConfig,
+        clock: Clock,
+        notify: Notify,
+        make_transport: MakeTransport | None = None,
+    ) -> None:
+        self._pairs = Pairs(
+            incarnation, storage.layout, host, storage.device, config, clock, notify, self, make_transport
+        )
+        self.sender = KVSender(self._pairs, storage, config, clock, notify)
+        self.receiver = KVReceiver(self._pairs, storage, config, clock, notify)
+
+    @property
+    def address(self) -> str:
+        """Where the senders of pairs meet this worker."""
+        return self._pairs.address
+
+    def connect(self, connect: Connect) -> None:
+        self._pairs.connect(connect)
+
+    def cancel(self, key: AttemptKey) -> None:
+        """Stop what leaves and discard what comes, at once, from any thread. The halves free the blocks."""
+        self.sender.cancel(key)
+
+    def renew(self, transfer_ids: Iterable[str], now: float) -> None:
+        wanted = set(transfer_ids)
+        self.sender.renew(wanted, now)
+        self.receiver.renew(wanted, now)
+
+    def expired(self, now: float) -> list[tuple[AttemptKey, str]]:
+        """Attempts that nobody wants any more, or that stand still, with the reason."""
+        return self.sender.expired(now) + self.receiver.expired(now)
+
+    def close(self) -> None:
+        self._pairs.close()
+
+    def on_sent(self, key: AttemptKey, num_bytes: int, seconds: float, at: float) -> None:
+        self.sender.on_sent(key, num_bytes, seconds, at)
+
+    def on_segment(self, entry: Entry, payload: Tensor) -> None:
+        self.receiver.on_segment(entry, payload)
+
+    def on_pair_down(self, pair: PairKey, epoch: int, reason: str) -> None:
+        self.sender.on_pair_down(pair, epoch, reason)
+        self.receiver.on_pair_down(pair, epoch, reason)
