@@ -126,13 +126,14 @@ class Scheduler:
         preempted: list[str] = []
         prefilling: list[Request] = []
         budget = self._max_num_batched_tokens
+        # Lazy: who gives way is younger than who needs room, so the loop has yet to come to it, and passes it over.
         for request in (r for r in self._requests.values() if r.state is RequestState.RUNNING):
             if _num_missing(request) > 1:
                 prefilling.append(request)
             elif budget and self._grow(request, preempted):
                 entries.append(self._entry(request, 1))
                 budget -= 1
-        prefills = chain((r for r in prefilling if r.state is RequestState.RUNNING), self._admit())
+        prefills = chain(prefilling, self._admit())
         while budget and (prefill := next(prefills, None)) is not None:
             entries.append(self._entry(prefill, min(budget, _num_missing(prefill))))
             budget -= entries[-1].num_tokens

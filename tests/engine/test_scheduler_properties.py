@@ -21,7 +21,7 @@ from engine.plan import Plan, StepOutput, StepResult
 from engine.scheduler import Scheduler
 
 STOP = 0
-VOCAB_SIZE = 16
+VOCAB_SIZE = 64
 
 
 def next_token(token_ids: list[int]) -> int:
@@ -64,10 +64,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     plan: Plan | None = None
 
     @initialize(
-        num_blocks=st.integers(2, 8),
+        num_blocks=st.integers(4, 12),
         block_size=st.integers(1, 4),
         max_num_batched_tokens=st.integers(1, 8),
-        max_num_seqs=st.integers(1, 4),
+        max_num_seqs=st.integers(2, 5),
     )
     def start(self, num_blocks: int, block_size: int, **limits: int) -> None:
         self.max_model_len = num_blocks * block_size
@@ -78,13 +78,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.progress: dict[str, int] = {}  # computed positions, as the plans tell them
         self.reserved: set[str] = set()
         self.prefill_only: set[str] = set()
+        self.serial = count()
 
     def new_request(self, data: st.DataObject) -> Request:
-        """Names are used again as soon as they are free."""
+        """Names are used again as soon as they are free, prompts are not."""
         name = next(name for name in map(str, count()) if name not in self.scheduler.requests)
-        prompt = st.lists(st.integers(1, VOCAB_SIZE - 1), min_size=1, max_size=self.max_model_len - 1)
-        sampling = SamplingParams(max_tokens=data.draw(st.integers(1, 12)), stop_token_ids=(STOP,))
-        return Request(name, data.draw(prompt), sampling)
+        num_prompt = data.draw(st.integers(1, self.max_model_len // 3) | st.integers(1, self.max_model_len - 1))
+        prompt = [1 + crc32(b"%d %d" % (next(self.serial), i)) % (VOCAB_SIZE - 1) for i in range(num_prompt)]
+        sampling = SamplingParams(max_tokens=data.draw(st.sampled_from([40, 9, 2, 1])), stop_token_ids=(STOP,))
+        return Request(name, prompt, sampling)
 
     def existing(self, data: st.DataObject, names: Any) -> str:
         return str(data.draw(st.sampled_from(sorted(names))))
@@ -119,7 +121,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory.write(self.pool.table(name), 0, request.prompt_token_ids)
         self.check(self.scheduler.join(name, next_token(request.prompt_token_ids)))
 
-    @precondition(lambda self: self.scheduler.requests)
+    @precondition(lambda self: len(self.scheduler.requests) > 2)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         name = self.existing(data, self.scheduler.requests)
@@ -225,7 +227,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return len(held)
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
 
 
