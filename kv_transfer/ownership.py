@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
@@ -59,7 +59,6 @@ _RECEIVE = {
     ReceiveState.DRAINING: {ReceiveState.RELEASED},
     ReceiveState.RELEASED: set[ReceiveState](),
 }
-_NEXT: Mapping[Enum, Iterable[Enum]] = {**_SEND, **_RECEIVE}
 _UNTIMED = (ReceiveState.RUNNING, SendState.DRAINING, ReceiveState.DRAINING)
 _QUEUED = (SendState.QUEUED, ReceiveState.RESERVED)
 
@@ -107,7 +106,7 @@ class Holdings(Generic[State]):
     def advance(self, key: AttemptKey, state: State, now: float) -> None:
         """Move to `state`; `IntegrityError` where the automaton has no such edge."""
         holding = self._holdings[key]
-        if state not in _NEXT[holding.state]:
+        if state not in _next(holding.state):
             raise IntegrityError(f"transfer {key}: no way from {holding.state.name} to {state.name}")
         holding.state = state
         holding.progress_deadline = self._deadline(state, now)
@@ -147,3 +146,7 @@ class Holdings(Generic[State]):
         if state in _UNTIMED:
             return None
         return now + (self._queue_timeout_s if state in _QUEUED else self._progress_timeout_s)
+
+
+def _next(state: SendState | ReceiveState) -> Iterable[SendState | ReceiveState]:
+    return _SEND[state] if isinstance(state, SendState) else _RECEIVE[state]

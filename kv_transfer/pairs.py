@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from core.clock import Clock
@@ -24,7 +23,7 @@ from kv_transfer.channel import ReceiveChannel, SendChannel
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
 from kv_transfer.frame import Entry
-from kv_transfer.transport import RECEIVER, SENDER, ProcessGroupTransport, Transport
+from kv_transfer.transport import RECEIVER, SENDER, ProcessGroupTransport, Transport, dist
 
 log = logging.getLogger(__name__)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
 from core.errors import TransferError
 
 SENDER, RECEIVER = 0, 1
+
+dist: Any = torch.distributed  # its stubs leave out stores and the groups' own calls
 
 
 class Transport(Protocol):
@@ -42,7 +44,7 @@ class ProcessGroupTransport:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, *, host: str, device: torch.device, backend: str, timeout_s: float
+        self, store: Any, rank: int, *, host: str, device: torch.device, backend: str, timeout_s: float
     ) -> None:
         """Blocks until the peer has joined; `pair_down` at `timeout_s`."""
         self._peer = 1 - rank
@@ -76,7 +78,7 @@ class ProcessGroupTransport:
         if self._nccl is not None:
             self._nccl.abort()
 
-    def _wait(self, work: dist.Work, timeout_s: float) -> None:
+    def _wait(self, work: Any, timeout_s: float) -> None:
         try:
             work.wait(timedelta(seconds=timeout_s))
             if self._nccl is not None:
@@ -89,7 +91,7 @@ def uses_nccl(device: torch.device, backend: str) -> bool:
     return backend == "nccl" or (backend == "auto" and device.type == "cuda" and hasattr(dist, "ProcessGroupNCCL"))
 
 
-def _nccl(store: dist.Store, rank: int, timeout_s: float) -> dist.ProcessGroup:
+def _nccl(store: Any, rank: int, timeout_s: float) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
     return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, 2, options)
