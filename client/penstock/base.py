@@ -141,22 +141,14 @@ class ClientBase(ABC, Generic[G_co]):
         of `stop`; `request_id` makes the generation known to `cancel`; an empty `model` is the one that is served.
         Raises `InvalidRequestError` here for what can't be sent; all other errors come out of the generation.
         """
-        sampling = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": seed,
-            "min_tokens": min_tokens,
-            "stop": [stop] if isinstance(stop, str) else stop,
-            "stop_token_ids": stop_token_ids,
-            "ignore_eos": ignore_eos,
-        }
+        sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        stops = [stop] if isinstance(stop, str) else stop
+        ending = {"min_tokens": min_tokens, "stop": stops, "stop_token_ids": stop_token_ids, "ignore_eos": ignore_eos}
         limit_s = self.timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
         request = generate_request(
             {"prompt": prompt, "token_ids": token_ids, "messages": messages},
             {"model": model, "request_id": request_id, "timeout_s": timeout_s if limit_s < math.inf else None},
-            sampling,
+            sampling | ending,
         )
         progress = Progress(
             request.request_id, target=self.target, timeout_s=limit_s, retry=self._retry, clock=self._clock
