@@ -1,8 +1,16 @@
 """Fixtures that every test may use."""
 
+from collections.abc import AsyncIterator
+
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+async def one_event_loop(anyio_backend: str) -> AsyncIterator[None]:
+    """Asynchronous tests share a loop: gRPC's poller is one per process, and trips over loops closed under it."""
+    yield

@@ -58,11 +58,15 @@ class Held:
 
 @dataclass
 class Script:
-    """How the worker departs from the ordinary. `pause` and `fail` go by kind of command; decoding is `tokens`."""
+    """How the worker departs from the ordinary. `pause` and `fail` go by kind of command; decoding is `tokens`.
+
+    Each attempt's decoding pauses after `steps` tokens, where given.
+    """
 
     refuse: int = 0
     fail: dict[str, int] = field(default_factory=dict)
     pause: set[str] = field(default_factory=set)
+    steps: int | None = None
     finish_after_first: bool = False
     silent: bool = False
     no_release: bool = False
@@ -108,7 +112,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def start(self, port: int = 0) -> FakeWorker:
         self._server = grpc.aio.server()
-        worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
         await self._server.start()
         return self
@@ -226,7 +230,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     # ---- commands
 
     def _on_connect(self, connect: pb.Connect) -> None:
-        names = {
+        names: dict[str, Any] = {
             "prefill_incarnation": connect.prefill_incarnation,
             "decode_incarnation": connect.decode_incarnation,
             "epoch": connect.epoch,
@@ -352,7 +356,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         """One token a step, each step a message."""
         sampling, key = held.work.sampling, held.key
         while True:
-            if "tokens" in self.script.pause:
+            if "tokens" in self.script.pause or self.num_steps[key] == self.script.steps:
                 await self._gates["tokens"].wait()
             await asyncio.sleep(0)
             if key not in self.held or self._fails("tokens", key):
@@ -410,7 +414,7 @@ def key_of(ticket: pb.Ticket) -> Key:
     return ticket.transfer_id, ticket.attempt
 
 
-def tokens(key: Key, token_ids: Sequence[int], finish: pb.EngineFinish = pb.ENGINE_FINISH_UNSPECIFIED) -> pb.Event:
+def tokens(key: Key, token_ids: Sequence[int], finish: Any = pb.ENGINE_FINISH_UNSPECIFIED) -> pb.Event:
     sequence = pb.SequenceTokens(transfer_id=key[0], attempt=key[1], token_ids=token_ids, finish=finish)
     return pb.Event(tokens=pb.StepTokens(sequences=[sequence]))
 

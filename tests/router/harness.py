@@ -56,15 +56,15 @@ class Recorder:
     def of(self, request_id: str) -> list[str]:
         return [event.value for name, event in self.events if name == request_id]
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.append((condition, waiter))
-            async with asyncio.timeout(WAIT_S):
+    async def until(self, condition: Callable[[], bool], within_s: float = WAIT_S) -> None:
+        async with asyncio.timeout(within_s):
+            while not condition():
+                waiter = asyncio.get_running_loop().create_future()
+                self._waiters.append((condition, waiter))
                 await waiter
 
-    async def until_event(self, request_id: str, event: LifecycleEvent, count: int = 1) -> None:
-        await self.until(lambda: self.events.count((request_id, event)) >= count)
+    async def until_event(self, request_id: str, event: LifecycleEvent, *, within_s: float = WAIT_S) -> None:
+        await self.until(lambda: (request_id, event) in self.events, within_s)
 
     def _wake(self) -> None:
         for condition, waiter in self._waiters:

@@ -5,33 +5,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc.aio
 import pytest
 
 from core.errors import UnavailableError
 from penstock.v1 import inference_pb2, worker_pb2_grpc
+from penstock.v1 import worker_pb2 as pb
 from router.config import DispatchConfig
 from router.registry_service import RegistryService
 from router.workers import wall_clock_epochs
-from tests.router.fake_worker import FakeWorker, continuation, key_of, pb
+from tests.router.fake_worker import FakeWorker, continuation, key_of
 from tests.router.harness import SESSIONS, Harness, harness, pair_of_workers, read
 
 pytestmark = pytest.mark.anyio
 PROMPT = [5, 6, 7]
+PREFILL, MIXED = inference_pb2.WORKER_ROLE_PREFILL, inference_pb2.WORKER_ROLE_MIXED
 
 
 # ---- registration
 
 
 @asynccontextmanager
-async def registry(world: Harness) -> AsyncIterator[worker_pb2_grpc.RegistryStub]:
+async def registry(world: Harness) -> AsyncIterator[Any]:
     server = grpc.aio.server()
     RegistryService(world.workers).add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield worker_pb2_grpc.RegistryStub(channel)  # type: ignore[no-untyped-call]
+        yield worker_pb2_grpc.RegistryStub(channel)
     await server.stop(None)
 
 
@@ -39,9 +42,7 @@ async def test_registering_over_grpc_gets_a_worker_connected() -> None:
     async with harness() as world, registry(world) as stub:
         fake = await FakeWorker("m", "mixed").start()
         world.fakes.append(fake)
-        request = pb.RegisterRequest(
-            worker_id="m", incarnation=fake.incarnation, address=fake.address, role=inference_pb2.WORKER_ROLE_MIXED
-        )
+        request = pb.RegisterRequest(worker_id="m", incarnation=fake.incarnation, address=fake.address, role=MIXED)
         assert not (await stub.Register(request, timeout=5)).connected
         await world.until_routes(1)
         assert (await stub.Register(request, timeout=5)).connected
@@ -53,7 +54,7 @@ async def test_registering_over_grpc_gets_a_worker_connected() -> None:
 )
 async def test_a_registration_without_meaning_is_refused(field: str, value: object) -> None:
     async with harness() as world, registry(world) as stub:
-        request = pb.RegisterRequest(worker_id="w", incarnation="i", address="127.0.0.1:1", role=1)
+        request = pb.RegisterRequest(worker_id="w", incarnation="i", address="127.0.0.1:1", role=PREFILL)
         setattr(request, field, value)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Register(request, timeout=5)
