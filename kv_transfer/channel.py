@@ -151,7 +151,7 @@ class SendChannel:
 
 
 class ReceiveChannel:
-    """The receiving end: takes whatever comes into staging of its own, and hands it on. Never touches a block itself."""
+    """The receiving end: takes what comes into staging of its own, and hands it on. Never touches a block itself."""
 
     def __init__(
         self,

@@ -29,6 +29,9 @@ class FrameKind(IntEnum):
     """The sender closes the channel in order."""
 
 
+_KINDS = frozenset(map(int, FrameKind))  # before Python 3.12 an int can't be looked up in an enum
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One segment in a frame: whose it is, and what its payload must be."""
@@ -60,7 +63,7 @@ def unpack(data: bytes) -> Frame:
     if len(data) != FRAME_BYTES or _CRC.unpack(data[-_CRC.size :])[0] != zlib.crc32(data[: -_CRC.size]):
         raise TransferError("corrupt_frame", "a frame's CRC is wrong")
     magic, version, kind, count, num_payload_bytes, identity = _PREAMBLE.unpack_from(data)
-    if magic != MAGIC or version != VERSION or kind not in FrameKind or count > MAX_SEGMENTS:
+    if magic != MAGIC or version != VERSION or kind not in _KINDS or count > MAX_SEGMENTS:
         raise TransferError("corrupt_frame", f"a frame of version {version}, kind {kind}, {count} segments")
     entries = tuple(_unpack_entry(data, _PREAMBLE.size + i * _ENTRY.size) for i in range(count))
     frame = Frame(FrameKind(kind), entries, identity)
