@@ -119,6 +119,8 @@ def _error(
     kind = _ERRORS.get(code, InternalError)
     if kind is UnavailableError:
         message = f"{target} is unavailable: {message}"
+    elif kind is DeadlineExceededError and "Deadline Exceeded" in message:  # gRPC's own words for it
+        message = "the time limit of the request was up"
     if num_tokens is not None:
         message = f"{message} ({num_tokens} tokens had come)"
     if kind is InvalidRequestError:
