@@ -4,6 +4,7 @@ PENSTOCK_TEST_DEVICE=cuda runs the same tests on a GPU.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,26 @@ class Reference:
         """[T, V] float32"""
         logits: torch.Tensor = self.model(torch.tensor([token_ids], device=self.model.device)).logits[0]
         return logits.float().cpu()
+
+
+NEAR_TIES = pytest.StashKey[Counter[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[NEAR_TIES] = Counter()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    counts = config.stash[NEAR_TIES]
+    if counts:
+        text = "greedy outputs that left transformers' at a near-tie: {ties} of {outputs}"
+        terminalreporter.write_line(text.format_map({"ties": counts["ties"], "outputs": counts["outputs"]}))
+
+
+@pytest.fixture
+def near_ties(request: pytest.FixtureRequest) -> Counter[str]:
+    """`ties` and `outputs`, summed over all tests; reported at the end."""
+    return request.config.stash[NEAR_TIES]
 
 
 @pytest.fixture(scope="session")

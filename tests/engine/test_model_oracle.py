@@ -1,6 +1,7 @@
 """Greedy tokens equal those of transformers: for every family, alone and batched, chunked and not, under preemption."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,11 @@ def num_near_ties(expected: Expected, actual: list[list[int]]) -> int:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_tokens_are_those_of_transformers(
-    expected: Expected, mode: str, variant: str, device: torch.device, capsys: pytest.CaptureFixture[str]
+    expected: Expected, mode: str, device: torch.device, near_ties: Counter[str]
 ) -> None:
     engine = load(expected.reference.folder, MODES[mode], device)
-    num_ties = num_near_ties(expected, generate(engine, expected.prompts))
-    with capsys.disabled():
-        print(f"\n{variant}, {mode}: {num_ties} near-ties in {NUM_PROMPTS} prompts ", end="")
+    near_ties["ties"] += num_near_ties(expected, generate(engine, expected.prompts))
+    near_ties["outputs"] += NUM_PROMPTS
     assert (engine.scheduler.num_preemptions > 0) == (mode == "preempted")
     assert engine.pool.num_free_blocks == engine.pool.num_blocks
 
