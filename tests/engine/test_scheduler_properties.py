@@ -12,7 +12,14 @@ from zlib import crc32
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from core.request import Request, RequestState
 from core.sampling import SamplingParams
@@ -227,8 +234,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         return len(held)
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
-TestScheduler = SchedulerMachine.TestCase
+def test_no_order_of_calls_breaks_the_scheduler() -> None:
+    steps = settings(max_examples=120, stateful_step_count=60, deadline=None)
+    run_state_machine_as_test(SchedulerMachine, settings=steps)
 
 
 prompts = st.lists(st.lists(st.integers(1, VOCAB_SIZE - 1), min_size=1, max_size=12), min_size=1, max_size=8)
