@@ -1,0 +1,112 @@
+"""Hand-made plans: what a step computes, and when it says so."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from core.sampling import SamplingParams
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.plan import Plan, PlanEntry, StepResult
+
+GREEDY = SamplingParams(max_tokens=9, temperature=0)
+PROMPT = tuple(range(3, 40))
+BLOCKS = (11, 4, 7, 2)
+NUM_BLOCKS = 12
+
+
+@pytest.fixture
+def engine(reference: Any, device: torch.device) -> Engine:
+    where: Any = device.type
+    config = EngineConfig(num_blocks=NUM_BLOCKS, device=where, dtype="float32")
+    return Engine.from_checkpoint(reference("qwen3_moe").folder, config)
+
+
+def prompt(request_id: str = "a", blocks: tuple[int, ...] = BLOCKS) -> PlanEntry:
+    return PlanEntry(request_id, PROMPT, 0, blocks, GREEDY)
+
+
+def test_one_token_for_each_entry_that_samples(engine: Engine) -> None:
+    other = PlanEntry("b", (5, 6, 7), 0, (1,), None)
+    assert engine.runner.run(Plan((prompt(), other))).token_ids.keys() == {"a"}
+    assert engine.runner.run(Plan((replace(prompt(), sampling=None),))) == StepResult({})
+
+
+def test_an_empty_plan_does_nothing(engine: Engine) -> None:
+    calls: list[int] = []
+    assert engine.runner.run(Plan(()), calls.append) == StepResult({})
+    assert calls == []
+
+
+def test_layers_are_told_in_order_when_their_kv_stands(engine: Engine) -> None:
+    """What a reader finds in the callback is what is there at the end."""
+    seen: list[torch.Tensor] = []
+
+    def on_layer(layer: int) -> None:
+        assert layer == len(seen)
+        seen.append(engine.storage.read(layer, BLOCKS, 0, len(PROMPT)))
+
+    engine.runner.run(Plan((prompt(),)), on_layer)
+    assert len(seen) == engine.layout.num_layers
+    for layer, kv in enumerate(seen):
+        assert kv.abs().sum() > 0
+        assert torch.equal(kv, engine.storage.read(layer, BLOCKS, 0, len(PROMPT)))
+
+
+def test_an_error_in_the_callback_ends_the_step(engine: Engine) -> None:
+    def on_layer(layer: int) -> None:
+        raise RuntimeError(f"layer {layer}")
+
+    with pytest.raises(RuntimeError, match="layer 0"):
+        engine.runner.run(Plan((prompt(),)), on_layer)
+
+
+def test_only_blocks_of_the_plan_are_written(engine: Engine) -> None:
+    engine.runner.run(Plan((prompt(),)))
+    for layer in engine.storage.layers:
+        touched = layer.flatten(1).any(dim=1).nonzero().flatten().tolist()
+        assert touched == sorted(BLOCKS[: -(-len(PROMPT) // engine.layout.block_size)])
+
+
+def test_chunks_leave_the_same_kv_as_one_step(engine: Engine) -> None:
+    whole = engine.runner.run(Plan((prompt(),)))
+    kv = [engine.storage.read(layer, BLOCKS, 0, len(PROMPT)) for layer in range(engine.layout.num_layers)]
+    other = (0, 1, 3, 5)
+    for start, end in ((0, 1), (1, 17), (17, 36)):
+        engine.runner.run(Plan((PlanEntry("b", PROMPT[start:end], start, other, None),)))
+    assert (
+        engine.runner.run(Plan((PlanEntry("b", PROMPT[36:], 36, other, GREEDY),))).token_ids["b"]
+        == whole.token_ids["a"]
+    )
+    for layer, expected in enumerate(kv):
+        torch.testing.assert_close(engine.storage.read(layer, other, 0, len(PROMPT)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kv_that_was_carried_over_decodes_like_kv_that_was_computed(
+    engine: Engine, reference: Any, device: Any
+) -> None:
+    """Prefill in one engine, read, write into another with other blocks: the next token is the same."""
+    other = Engine.from_checkpoint(
+        reference("qwen3_moe").folder,
+        EngineConfig(num_blocks=20, block_size=8, device=device.type, dtype="float32"),
+    )
+    first = engine.runner.run(Plan((prompt(),))).token_ids["a"]
+    table = (19, 3, 8, 1, 12)
+    for layer in range(engine.layout.num_layers):
+        other.storage.write(layer, table, 0, len(PROMPT), engine.storage.read(layer, BLOCKS, 0, len(PROMPT)))
+    step = PlanEntry("a", (first,), len(PROMPT), BLOCKS, GREEDY)
+    here, there = engine.runner.run(Plan((step,))), other.runner.run(Plan((replace(step, block_ids=table),)))
+    assert here == there
+
+
+def test_garbage_of_an_earlier_request_can_not_reach_another(engine: Engine) -> None:
+    """Blocks come back with whatever they held, be it not-a-number."""
+    entries = [PlanEntry("short", (5,), 0, (3,), GREEDY), PlanEntry("long", (6,), 12, (9,), GREEDY)]
+    engine.runner.run(Plan((replace(entries[1], token_ids=PROMPT[:12], start=0, sampling=None),)))
+    clean = engine.runner.run(Plan(tuple(entries)))
+    for layer in engine.storage.layers:
+        for block in set(range(NUM_BLOCKS)) - {9}:
+            layer[block] = float("nan")
+    assert engine.runner.run(Plan(tuple(entries))) == clean

@@ -1,0 +1,69 @@
+"""How a plan is laid out as tensors."""
+
+import pytest
+import torch
+
+from core.errors import IntegrityError
+from core.sampling import SamplingParams
+from engine.plan import Plan, PlanEntry
+from engine.step_inputs import StepInputs, build_step_inputs
+
+GREEDY = SamplingParams(max_tokens=9, temperature=0)
+
+
+def build(*entries: PlanEntry) -> StepInputs:
+    return build_step_inputs(Plan(entries), block_size=4, vocab_size=100, device=torch.device("cpu"))
+
+
+def test_tokens_positions_and_slots_line_up() -> None:
+    inputs = build(
+        PlanEntry("prefill", (10, 11, 12), 3, (7, 2), None),
+        PlanEntry("decode", (20,), 9, (5, 0, 6, 8), GREEDY),
+    )
+    assert inputs.token_ids.tolist() == [20, 10, 11, 12]
+    assert inputs.positions.tolist() == [9, 3, 4, 5]
+    assert inputs.slots.tolist() == [6 * 4 + 1, 7 * 4 + 3, 2 * 4 + 0, 2 * 4 + 1]
+
+
+def test_sampled_rows_are_the_last_of_their_entries() -> None:
+    inputs = build(
+        PlanEntry("a", (1, 2, 3), 0, (0,), GREEDY),
+        PlanEntry("b", (4,), 4, (1, 2), GREEDY),
+        PlanEntry("c", (5, 6), 0, (3,), None),
+        PlanEntry("d", (7, 8), 0, (4,), GREEDY),
+    )
+    assert [e.request_id for e in inputs.sampled] == ["b", "a", "d"]
+    assert inputs.token_ids[inputs.sampled_rows].tolist() == [4, 3, 8]
+
+
+def test_decodes_of_similar_length_share_a_group() -> None:
+    lens = [1, 4, 5, 8, 9, 16, 17, 30, 200]
+    inputs = build(*(PlanEntry(str(n), (n % 100,), n - 1, tuple(range(60)), None) for n in reversed(lens)))
+    groups = [sorted(group.context_lens.tolist()) for group in inputs.decode_groups]
+    assert groups == [[1, 4], [5, 8], [9, 16], [17, 30], [200]]
+    assert [group.max_context_len for group in inputs.decode_groups] == [4, 8, 16, 30, 200]
+    assert [group.block_tables.shape[1] for group in inputs.decode_groups] == [1, 2, 4, 8, 50]
+    assert [(group.rows.start, group.rows.stop) for group in inputs.decode_groups] == [
+        (0, 2),
+        (2, 4),
+        (4, 6),
+        (6, 8),
+        (8, 9),
+    ]
+
+
+def test_tables_hold_the_blocks_of_the_context_only() -> None:
+    inputs = build(
+        PlanEntry("a", (1,), 8, (9, 8, 7, 6, 5), None),
+        PlanEntry("b", (1,), 12, (1, 2, 3, 4, 5), None),
+        PlanEntry("c", (1, 2), 3, (4, 3, 2, 1), None),
+    )
+    assert inputs.decode_groups[0].block_tables.tolist() == [[9, 8, 7, 0], [1, 2, 3, 4]]
+    assert inputs.prefill_spans[0].block_table.tolist() == [4, 3]
+    assert (inputs.prefill_spans[0].start, inputs.prefill_spans[0].rows) == (3, slice(2, 4))
+
+
+@pytest.mark.parametrize("token_id", [-1, 100])
+def test_a_token_outside_of_the_vocabulary_is_refused(token_id: int) -> None:
+    with pytest.raises(IntegrityError, match="outside of the vocabulary"):
+        build(PlanEntry("a", (1, token_id), 0, (0,), None))
