@@ -122,7 +122,7 @@ def parse(arguments: list[str]) -> Demo | Serve | Generate | Status | Bench:
     if arguments[:1] == ["serve"] and (config := _config_flag(arguments)):
         default = Serve(load_config(config), config=config)
         return tyro.cli(Serve, args=arguments[1:], default=default, prog="penstock serve")
-    return tyro.cli(Command, args=arguments, prog="penstock")  # type: ignore[arg-type]
+    return tyro.cli(Command, args=arguments, prog="penstock")
 
 
 def run(command: Demo | Serve | Generate | Status | Bench) -> int:

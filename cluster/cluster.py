@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -16,6 +18,7 @@ from cluster.spec import Endpoints, RouterSpec, WorkerSpec
 from core.errors import UnavailableError
 from core.messages import WorkerRole
 from engine.model_config import ModelConfig
+from router.config import RouterConfig
 
 SERVICE = "penstock.v1.Inference"
 FAILURE_CHECK_S = 1.0
@@ -49,7 +52,7 @@ class Cluster:
         self.launcher = _launcher(config)
         try:
             router = RouterSpec(
-                config.model.resolve(), config.model_name, config.engine.max_model_len, config.router, config.log_level
+                config.model.resolve(), config.model_name, config.engine.max_model_len, self._router(), config.log_level
             )
             self.endpoints = self.launcher.start_router(router, deadline - time.monotonic())
             for spec in self._workers():
@@ -61,6 +64,11 @@ class Cluster:
 
     def close(self) -> None:
         self.launcher.close()
+
+    def _router(self) -> RouterConfig:
+        """On a cluster of several machines, a router that listens on loopback would be alone."""
+        router = self.config.router
+        return replace(router, host="0.0.0.0") if self.config.ray_address and router.host == "127.0.0.1" else router
 
     def _workers(self) -> list[WorkerSpec]:
         config = self.config
@@ -98,7 +106,7 @@ class Cluster:
         while time.monotonic() < deadline:
             timeout_s = min(FAILURE_CHECK_S, deadline - time.monotonic())
             with grpc.insecure_channel(self.endpoints.grpc) as channel:
-                stub = health_pb2_grpc.HealthStub(channel)
+                stub: Any = health_pb2_grpc.HealthStub(channel)  # its published types know no Watch
                 try:
                     for reply in stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=timeout_s):
                         if reply.status == health_pb2.HealthCheckResponse.SERVING:
@@ -116,6 +124,10 @@ class Cluster:
 def _launcher(config: ClusterConfig) -> Launcher:
     if config.launcher == "subprocess":
         return SubprocessLauncher()
-    from cluster.ray_launcher import RayLauncher  # Ray takes a second to import; not everyone needs it
+    if config.ray_address is None:
+        # Ray would turn token authentication on by itself and leave a token in the home folder. It reads these at import.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    from cluster.ray_launcher import RayLauncher
 
     return RayLauncher(config)

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         case ["router"]:
             from cluster.router_process import RouterProcess  # a router never loads what a worker needs, torch first
 
-            router = RouterProcess(from_json(RouterSpec, sys.stdin.read()))
+            router = RouterProcess(from_json(RouterSpec, sys.stdin.read()), node_host="127.0.0.1")
             print(to_json(router.start()), flush=True)
             return run(router)
         case ["worker", address]:

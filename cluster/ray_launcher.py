@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
-import secrets
 import signal
 import threading
+import uuid
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +45,7 @@ class RouterActor:
     def __init__(self, spec: str) -> None:
         from cluster.router_process import RouterProcess  # here, where it runs
 
-        self._router = RouterProcess(from_json(RouterSpec, spec), host=get_node_ip_address())
+        self._router = RouterProcess(from_json(RouterSpec, spec), node_host=_node_address())
         self._endpoints = self._router.start()
         drain_on_sigterm(self._router)
 
@@ -57,17 +59,18 @@ class RouterActor:
 class WorkerActor:
     """A worker in an actor: started again by Ray, it loads and registers anew."""
 
-    def __init__(self, spec: str, router: Any) -> None:
+    def __init__(self, spec: str, router_name: str) -> None:
         from cluster.worker_process import WorkerProcess
 
         def router_address() -> str:
             try:
+                router = ray.get_actor(router_name)
                 return from_json(Endpoints, ray.get(router.endpoints.remote(), timeout=CALL_TIMEOUT_S)).grpc
-            except RayError as error:
+            except (RayError, ValueError) as error:  # ValueError: no actor of that name
                 raise ConnectionError(f"the router's actor does not answer: {error}") from error
 
         worker = from_json(WorkerSpec, spec)
-        self._worker = WorkerProcess(replace(worker, host=worker.host or get_node_ip_address()), router_address)
+        self._worker = WorkerProcess(replace(worker, host=worker.host or _node_address()), router_address)
         self._worker.start()
         drain_on_sigterm(self._worker)
 
@@ -86,15 +89,12 @@ class RayLauncher:
     def __init__(self, config: ClusterConfig) -> None:
         self._actors: dict[str, Any] = {}
         self._groups: dict[str, PlacementGroup] = {}
+        self._router_name = f"router-{uuid.uuid4().hex}"
         self._owns_ray = config.ray_address is None
-        if self._owns_ray:
-            # Ray would turn token authentication on by itself and leave a token in the home folder.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         pools = {"prefill": config.prefill, "decode": config.decode, "mixed": config.mixed}
         num_cpus = ROUTER_CPUS + sum(pool.num_workers * pool.num_cpus for pool in pools.values())
-        local = {
-            "num_cpus": max(num_cpus, os.cpu_count() or 1),
+        local: dict[str, Any] = {
+            "num_cpus": max(math.ceil(num_cpus), os.cpu_count() or 1),
             "resources": {role: pool.num_workers for role, pool in pools.items() if pool.num_workers},
             "include_dashboard": False,
         }
@@ -102,13 +102,13 @@ class RayLauncher:
             address=config.ray_address or "local",
             namespace="penstock",
             log_to_driver=config.log_level in ("debug", "info"),
-            logging_level=config.log_level,
+            logging_level=getattr(logging, config.log_level.upper()),
             **(local if self._owns_ray else {}),
         )
 
     def start_router(self, spec: RouterSpec, deadline_s: float) -> Endpoints:
         group = self._place("router", {"CPU": ROUTER_CPUS}, deadline_s)
-        router = self._actor(RouterActor, group, num_cpus=ROUTER_CPUS).remote(to_json(spec))
+        router = self._actor(RouterActor, group, num_cpus=ROUTER_CPUS, name=self._router_name).remote(to_json(spec))
         self._actors["router"] = router
         try:
             return from_json(Endpoints, ray.get(router.endpoints.remote(), timeout=deadline_s))
@@ -122,7 +122,7 @@ class RayLauncher:
         group = self._place(spec.worker_id, {name: share for name, share in resources.items() if share}, None)
         options = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": {spec.role.value: 1.0}}
         worker = self._actor(WorkerActor, group, **options)
-        self._actors[spec.worker_id] = worker.remote(to_json(spec), self._actors["router"])
+        self._actors[spec.worker_id] = worker.remote(to_json(spec), self._router_name)
 
     def stop_worker(self, worker_id: str, drain_timeout_s: float) -> None:
         worker = self._actors.pop(worker_id)
@@ -162,18 +162,24 @@ class RayLauncher:
 
     def _place(self, name: str, resources: dict[str, float], deadline_s: float | None) -> PlacementGroup:
         """A placement group of one bundle; with a deadline, wait until the resources are there."""
-        group = self._groups[name] = placement_group([resources], strategy="STRICT_PACK", name=f"penstock-{name}")
+        group: PlacementGroup = placement_group([resources], strategy="STRICT_PACK", name=f"penstock-{name}")
+        self._groups[name] = group
         if deadline_s is not None and not group.wait(deadline_s):
             raise UnavailableError(f"no Ray node with {resources} free for {name} within {deadline_s:g} s")
         return group
 
-    def _actor(self, kind: type, group: PlacementGroup, **resources: Any) -> Any:
+    def _actor(self, kind: type, group: PlacementGroup, **options: Any) -> Any:
         return ray.remote(kind).options(
             max_restarts=-1,
             max_concurrency=4,  # `__init__` in the main thread, calls beside it
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-            **resources,
+            **options,
         )
+
+
+def _node_address() -> str:
+    address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def _cause(error: RayActorError) -> str:

@@ -14,6 +14,7 @@ from penstock import Client
 from penstock.errors import PenstockError as ClientError
 
 if TYPE_CHECKING:
+    from benchmarks.load import Summary
     from cluster.cli import Bench, Generate, Status
 
 
@@ -104,5 +105,31 @@ def _print_status(info: Any) -> None:
 
 def bench(command: Bench) -> int:
     """0 where every request succeeded, else 1."""
+    from benchmarks.load import Concurrency, Poisson, random_jobs, run_load
 
-    return 0
+    with Client(command.target) as client:
+        vocab_size = client.model().vocab_size
+    jobs = random_jobs(
+        [(command.prompt_tokens, command.output_tokens)] * command.num_requests, vocab_size, command.seed
+    )
+    shape = Concurrency(command.max_concurrency) if command.rate is None else Poisson(command.rate, command.seed)
+    report = asyncio.run(run_load(command.target, jobs, shape, timeout_s=command.timeout_s))
+    summary = report.summary()
+    if command.json:
+        print(json.dumps(asdict(summary)))
+    else:
+        _print_summary(summary)
+    return 0 if summary.num_failed == 0 else 1
+
+
+def _print_summary(summary: Summary) -> None:
+    console = Console()
+    console.print(
+        f"[b]{summary.num_requests} requests in {summary.duration_s:.1f} s[/b]: {summary.requests_per_s:.2f} requests/s, "
+        f"{summary.output_tokens_per_s:.1f} tokens/s, {summary.num_failed} failed {summary.errors or ''}"
+    )
+    table = Table("ms", "mean", "p50", "p90", "p99", "max")
+    rows = (("TTFT", summary.ttft_s), ("ITL", summary.itl_s), ("TPOT", summary.tpot_s), ("E2E", summary.e2e_s))
+    for name, p in rows:
+        table.add_row(name, *("-" if v is None else f"{v * 1e3:.1f}" for v in (p.mean, p.p50, p.p90, p.p99, p.max)))
+    console.print(table)

@@ -16,7 +16,7 @@ from core.messages import WIRE_VERSION, Command, Event, Load, RouterHello, Worke
 from penstock.v1 import worker_pb2, worker_pb2_grpc
 
 if TYPE_CHECKING:
-    ServicerContext = grpc.ServicerContext[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]
+    from grpc import ServicerContext
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ LOAD_INTERVAL_S = 1.0
 """A router that hears nothing for longer than a few of these takes the worker for dead."""
 
 
-class Session:
+class RouterSession:
     """Events to one router: collected by the engine thread with `emit`, sent together by `flush`."""
 
     def __init__(self, router: RouterHello) -> None:
@@ -58,15 +58,15 @@ class Session:
             yield message
 
 
-class SessionServicer(worker_pb2_grpc.WorkerServicer):
+class WorkerService(worker_pb2_grpc.WorkerServicer):
     """`Worker.Session`: hands sessions and commands to the callbacks, from threads of its own."""
 
     def __init__(
         self,
         hello: WorkerHello,
-        opened: Callable[[Session], None],
-        received: Callable[[Session, Command], None],
-        closed: Callable[[Session], None],
+        opened: Callable[[RouterSession], None],
+        received: Callable[[RouterSession, Command], None],
+        closed: Callable[[RouterSession], None],
     ) -> None:
         self._hello, self._opened, self._received, self._closed = hello, opened, received, closed
 
@@ -82,7 +82,7 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"wire version {router.wire_version} of router {router.router_id}: this worker speaks {WIRE_VERSION}",
             )
-        session = Session(router)
+        session = RouterSession(router)
         context.add_callback(session.close)
         self._opened(session)
         reader = threading.Thread(target=self._read, args=(session, requests), name="session-reader", daemon=True)
@@ -93,7 +93,7 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
         finally:
             self._closed(session)
 
-    def _read(self, session: Session, requests: Iterator[worker_pb2.RouterMessage]) -> None:
+    def _read(self, session: RouterSession, requests: Iterator[worker_pb2.RouterMessage]) -> None:
         try:
             for message in requests:
                 for command in message.commands:

@@ -6,7 +6,7 @@ import logging
 import queue
 from dataclasses import dataclass
 
-from cluster.session import Session
+from cluster.session import RouterSession
 from core.clock import Clock
 from core.errors import IntegrityError, PenstockError, TransferError
 from core.messages import (
@@ -33,7 +33,7 @@ from core.ticket import AttemptKey, Ticket, engine_id
 from decode_worker.half import DecodeHalf
 from engine.engine import Engine
 from engine.plan import Plan, StepOutput, StepResult
-from kv_transfer.events import SendDone, TransferFailed, TransferReady
+from kv_transfer.events import KVEvent, TransferFailed, TransferReady
 from kv_transfer.plane import KVPlane
 from prefill_worker.half import PrefillHalf
 
@@ -47,17 +47,17 @@ EXPIRY_INTERVAL_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
-    session: Session
+    session: RouterSession
 
 
 @dataclass(frozen=True, slots=True)
 class SessionClosed:
-    session: Session
+    session: RouterSession
 
 
 @dataclass(frozen=True, slots=True)
 class FromRouter:
-    session: Session
+    session: RouterSession
     command: Command
 
 
@@ -66,18 +66,7 @@ class Stop:
     """End the loop at once."""
 
 
-Message = (
-    SessionOpened
-    | SessionClosed
-    | FromRouter
-    | PairUp
-    | PairDown
-    | SendDone
-    | TransferReady
-    | TransferFailed
-    | Drain
-    | Stop
-)
+Message = SessionOpened | SessionClosed | FromRouter | KVEvent | Drain | Stop
 
 
 class Worker:
@@ -92,7 +81,7 @@ class Worker:
         self._prefill = PrefillHalf(engine.scheduler, kv.sender)
         self._decode = DecodeHalf(engine.scheduler, engine.pool, kv.receiver)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._sessions: dict[Session, dict[AttemptKey, Ticket]] = {}
+        self._sessions: dict[RouterSession, dict[AttemptKey, Ticket]] = {}
         self._parts: dict[AttemptKey, list[int]] = {}
         self._draining_until: float | None = None
         self._stopped = False
@@ -186,14 +175,12 @@ class Worker:
                 self._decode.join(key, commit_wait_s)
             case TransferFailed(key, reason, text):
                 self._fail(key, reason, text)
-            case SendDone():
-                pass
             case Drain(deadline_s):
                 self._draining_until = self._clock() + deadline_s
             case Stop():
                 self._stopped = True
 
-    def _obey(self, session: Session, command: Command) -> None:
+    def _obey(self, session: RouterSession, command: Command) -> None:
         match command:
             case Connect():
                 self._kv.connect(command)
@@ -213,7 +200,7 @@ class Worker:
             case Drain():
                 self._handle(command)
 
-    def _admit(self, session: Session, command: Reserve | Prefill) -> None:
+    def _admit(self, session: RouterSession, command: Reserve | Prefill) -> None:
         """Start an attempt, or say why not. Either way nothing is left half done."""
         ticket, key = command.ticket, command.ticket.key
         if key in self._prefill or key in self._decode:
@@ -255,7 +242,7 @@ class Worker:
             return Refused(ticket.key, "draining")
         return None
 
-    def _release(self, session: Session, key: AttemptKey) -> None:
+    def _release(self, session: RouterSession, key: AttemptKey) -> None:
         """Answered even where nothing is held: the router may have said it before."""
         if key in self._prefill:
             self._prefill.release(key)

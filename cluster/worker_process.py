@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 import uuid
@@ -14,13 +15,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster import rpc
-from cluster.session import SessionServicer
+from cluster.session import WorkerService
 from cluster.spec import WorkerSpec
 from cluster.worker import FromRouter, SessionClosed, SessionOpened, Stop, Worker
 from core.messages import Drain, WorkerHello
 from engine.engine import Engine
+from kv_transfer.events import KVEvent
 from kv_transfer.plane import KVPlane
 from penstock.v1 import worker_pb2, worker_pb2_grpc
+from telemetry.logs import configure_logging
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +49,12 @@ class WorkerProcess:
     def start(self) -> None:
         """Load the model, listen, and begin to register. Raises CheckpointError, ConfigError or OSError."""
         spec = self._spec
+        configure_logging(sys.stderr, level=spec.log_level)
         self._engine = Engine.from_checkpoint(spec.model, spec.engine)
         self._kv = KVPlane(
-            self._incarnation, self._engine.layout, self._engine.storage, spec.host, spec.transfer, time.monotonic
+            self._incarnation, self._engine.storage, spec.host, spec.transfer, time.monotonic, self._notify
         )
         self.worker = Worker(self._engine, self._kv, spec.role, self._incarnation, time.monotonic)
-        self._kv.start(self.worker.post)
         self._server = self._serve()
         threading.Thread(target=self._turn, name="engine", daemon=True).start()
         threading.Thread(target=self._register, name="register", daemon=True).start()
@@ -71,6 +74,9 @@ class WorkerProcess:
         self._kv.close()
         return self._exit_code
 
+    def _notify(self, event: KVEvent) -> None:
+        self.worker.post(event)
+
     def _serve(self) -> grpc.Server:
         spec, worker = self._spec, self.worker
         server = grpc.server(
@@ -88,9 +94,9 @@ class WorkerProcess:
             num_blocks=self._engine.pool.num_blocks,
             max_model_len=self._engine.max_model_len,
             kv_address=self._kv.address,
-            device=self._engine.device_name,
+            device=str(self._engine.storage.device),
         )
-        servicer = SessionServicer(
+        servicer = WorkerService(
             hello,
             opened=lambda session: worker.post(SessionOpened(session)),
             received=lambda session, command: worker.post(FromRouter(session, command)),

@@ -71,8 +71,9 @@ class DecodeHalf:
 
     def start_local(self, command: Prefill, token_ids: list[int], emit: Emit) -> None:
         attempt = _attempt(command, token_ids, emit)
-        self._scheduler.add(attempt.request)
+        self._receiver.begin_local(command.ticket)
         self._attempts[attempt.request.request_id] = attempt
+        self._scheduler.add(attempt.request)
 
     def accept(self, command: Accept) -> None:
         """Compare what came with what was sent; the receiver tells the outcome. A repeated Accept changes nothing."""

@@ -41,7 +41,7 @@ class PrefillHalf:
     def start(self, command: Prefill, token_ids: list[int], emit: Callable[[Event], None]) -> None:
         """Queue the prompt. Raises TransferError where the pair's channel is not up."""
         ticket, work = command.ticket, command.work
-        self._sender.begin(ticket, command.num_skipped_tokens)
+        self._sender.begin(ticket, token_ids[: command.num_skipped_tokens])
         request = Request(engine_id(ticket.key), token_ids, work.sampling, num_prompt_tokens=work.num_prompt_tokens)
         self._attempts[request.request_id] = _Attempt(ticket, request, emit)
         self._scheduler.add(request, prefill_only=True)
@@ -50,7 +50,7 @@ class PrefillHalf:
         """K and V of `layer` stand in the cache for the whole plan: send them on while the next layer is computed."""
         for entry in plan.entries:
             if attempt := self._attempts.get(entry.request_id):
-                self._sender.push(attempt.ticket, layer, entry.start, entry.end, entry.block_ids)
+                self._sender.push(attempt.ticket.key, layer, entry.start, entry.end, entry.block_ids)
 
     def publish(self, output: StepOutput) -> bool:
         """Commit a prompt whose first token is drawn; False where the output is not of this half."""
@@ -63,7 +63,7 @@ class PrefillHalf:
             self.drop(key)
             return True
         try:
-            record = self._sender.commit(attempt.ticket, len(attempt.request.prompt_token_ids))
+            record = self._sender.commit(key, attempt.request.prompt_token_ids)
         except TransferError as error:
             self.fail(key, error.reason, str(error))
             return True
