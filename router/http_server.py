@@ -46,8 +46,8 @@ class HttpServer:
 
     async def stop(self, grace_s: float) -> None:
         """No new connections; those there are have `grace_s` to end by themselves. Idempotent."""
-        self._socket.close()
         if self._serving is None:
+            self._socket.close()
             return
         # What is not over by then is cancelled by uvicorn; the second limit is for the case that this does not help.
         self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
@@ -56,6 +56,7 @@ class HttpServer:
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
         self._serving = None
+        self._socket.close()  # only now: the loop must not be listening on it any more
 
 
 class _Server(uvicorn.Server):

@@ -73,6 +73,7 @@ class ScriptedDispatcher:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def submit(self, request: Request, *, timeout_s: float | None) -> RequestStream:
+        self._changed.set()
         if self.refusal:
             raise self.refusal
         stats = RequestStats("prefill-0", "decode-0", num_attempts=1, queue_s=0.25, ttft_s=0.5, e2e_s=1.0, kv_bytes=512)
@@ -85,7 +86,6 @@ class ScriptedDispatcher:
         )
         running = Running(request, stream, timeout_s)
         self.running.append(running)
-        self._changed.set()
         for token_id in self.tokenizer.encode(self.reply):
             running.push(token_id)
         if self.error:
@@ -103,6 +103,10 @@ class ScriptedDispatcher:
 
     def info(self) -> ClusterInfo:
         return self.cluster
+
+    def reset(self) -> None:
+        """As new, for the next test on the same server."""
+        vars(self).update(vars(ScriptedDispatcher(self.tokenizer)))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that a submit, cancel or stop brings about."""

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from core.errors import InvalidRequestError
+from core.sampling import MAX_SEED
+from router.openai_requests import NO_EFFECT, ChatBody, CompletionBody, parse_body
+from router.validation import Chat, GenerateInput, SamplingFields
+from text.chat_template import ChatMessage
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def completion(**fields: Any) -> list[GenerateInput]:
+    return parse_body(CompletionBody, json.dumps({"prompt": "a", **fields}).encode()).inputs()
+
+
+def chat(**fields: Any) -> list[GenerateInput]:
+    return parse_body(ChatBody, json.dumps({"messages": HI, **fields}).encode()).inputs()
+
+
+def test_every_sampling_field_reaches_the_neutral_input() -> None:
+    fields: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.75,
+        "top_k": 3,
+        "seed": 4,
+        "max_tokens": 5,
+        "min_tokens": 2,
+    }
+    fields |= {"stop": ["x", "y"], "stop_token_ids": [8, 9], "ignore_eos": True}
+    expected = SamplingFields(0.5, 0.75, 3, 4, 5, 2, ("x", "y"), (8, 9), ignore_eos=True)
+    assert completion(model="m", **fields) == [GenerateInput("a", expected, "m", default_max_tokens=16)]
+    assert chat(**fields) == [GenerateInput(Chat((ChatMessage("user", "hi"),)), expected)]
+
+
+def test_null_is_unset() -> None:
+    nulls = dict.fromkeys(["temperature", "top_p", "n", "stop", "stream", "seed", "max_tokens", "stream_options"])
+    assert completion(**nulls) == completion()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [(1, 2)]),
+        ([[1, 2], [3]], [(1, 2), (3,)]),
+        ([[]], [()]),
+    ],
+)
+def test_a_prompt_is_text_or_token_ids_or_several_of_either(prompt: object, prompts: list[object]) -> None:
+    assert [wanted.prompt for wanted in completion(prompt=prompt)] == prompts
+
+
+@pytest.mark.parametrize("prompt", [None, [], 5, {}, ["a", 1], [True], [1.5], [[1], "a"], [["a"]]])
+def test_any_other_prompt_is_refused(prompt: object) -> None:
+    with pytest.raises(InvalidRequestError, match=r"prompt: got .* must be a string or an array of token ids"):
+        completion(prompt=prompt)
+
+
+def test_choices_of_one_prompt_follow_each_other_with_seeds_of_their_own() -> None:
+    inputs = completion(prompt=["a", "b"], n=2, seed=MAX_SEED)
+    assert [(wanted.prompt, wanted.sampling.seed) for wanted in inputs] == [
+        ("a", MAX_SEED),
+        ("a", 0),
+        ("b", MAX_SEED),
+        ("b", 0),
+    ]
+
+
+@pytest.mark.parametrize(("n", "prompt"), [(0, "a"), (-1, "a"), (129, "a"), (65, ["a", "b"])])
+def test_too_many_or_too_few_choices_are_refused(n: int, prompt: object) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^n: got .* at most 128"):
+        completion(n=n, prompt=prompt)
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert completion(stop="x")[0].sampling.stop == ("x",)
+
+
+def test_max_completion_tokens_is_what_a_chat_calls_max_tokens() -> None:
+    assert chat(max_completion_tokens=7)[0].sampling.max_tokens == 7
+    assert chat(max_completion_tokens=7, max_tokens=9)[0].sampling.max_tokens == 7
+    assert chat()[0].default_max_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("role", "content", "message"),
+    [
+        ("user", "a", ChatMessage("user", "a")),
+        ("developer", "a", ChatMessage("system", "a")),
+        ("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], ChatMessage("user", "ab")),
+    ],
+)
+def test_a_messages_text_may_come_in_parts(role: str, content: object, message: ChatMessage) -> None:
+    assert chat(messages=[{"role": role, "content": content}])[0].prompt == Chat((message,))
+
+
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    answer: dict[str, Any] = {
+        "role": "assistant",
+        "content": "b",
+        "refusal": None,
+        "tool_calls": None,
+        "annotations": [],
+        "name": "x",
+    }
+    assert chat(messages=[*HI, answer])[0].prompt == Chat((ChatMessage("user", "hi"), ChatMessage("assistant", "b")))
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("hi", "messages: got 'hi', must be an array"),
+        (["hi"], r"messages\[0\]: got 'hi', must be an object"),
+        ([{"content": "a"}], r"messages\[0\]\.role: got None, must be one of system, developer"),
+        ([{"role": "tool", "content": "a"}], r"messages\[0\]\.role: got 'tool'"),
+        ([{"role": "user"}], r"messages\[0\]\.content: got None, must be a string or an array"),
+        ([{"role": "user", "content": []}], r"messages\[0\]\.content: got \[\]"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\]\.content\[0\]\.type: got 'image_url'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content\[0\]: got .* 'text': a string"),
+        (
+            [*HI, {"role": "assistant", "content": "", "tool_calls": [{}]}],
+            r"messages\[1\]\.tool_calls: .* leave it out",
+        ),
+        ([{"role": ["user"], "content": "a"}], r"messages\[0\]\.role: got \['user'\]"),
+    ],
+)
+def test_a_bad_message_is_refused_by_its_path(messages: object, says: str) -> None:
+    with pytest.raises(InvalidRequestError, match=says):
+        chat(messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"max_tokens": "5"}, "max_tokens: got '5', input should be a valid integer"),
+        ({"max_tokens": 5.5}, "max_tokens: got 5.5, input should be a valid integer"),
+        ({"temperature": True}, "temperature: got True, input should be a valid number"),
+        ({"temperature": "hot"}, "temperature: got 'hot'"),
+        ({"stop": [1]}, r"stop\[0\]: got 1, input should be a valid string"),
+        ({"stop": 1}, "stop: got 1"),
+        ({"stream": "yes"}, "stream: got 'yes'"),
+        ({"model": 5}, "model: got 5"),
+        ({"stop_token_ids": [1, "2"]}, r"stop_token_ids\[1\]: got '2'"),
+        ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage: got 1"),
+        ({"stream_options": {"includ_usage": True}, "stream": True}, "stream_options.includ_usage: got True"),
+        ({"stream_options": {}}, "stream_options: got 'options', must be left out unless stream is true"),
+        ({"max_token": 5}, "max_token: got 5, is no field of this request: did you mean 'max_tokens'?"),
+        ({"zzz": None}, "zzz: got None, is no field of this request"),
+    ],
+)
+def test_a_wrong_type_or_unknown_field_is_named(fields: dict[str, object], says: str) -> None:
+    for parse in (completion, chat):
+        with pytest.raises(InvalidRequestError, match=says):
+            parse(**fields)
+
+
+@pytest.mark.parametrize("name", sorted(NO_EFFECT))
+def test_what_has_no_effect_is_accepted(name: str) -> None:
+    assert completion(**{name: {"any": "thing"}}) == completion()
+    assert chat(**{name: True}) == chat()
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_what_would_change_the_output_is_refused_by_name_unless_it_is_set_to_change_nothing(
+    kind: type[CompletionBody | ChatBody],
+) -> None:
+    parse = completion if kind is CompletionBody else chat
+    for name, harmless in kind.not_yet.items():
+        for value in harmless:
+            assert parse(**{name: value}) == parse()
+        for value in (2, {"type": "json_object"}, ["x"], "x"):
+            with pytest.raises(InvalidRequestError, match=f"^{name}: got .* is not supported yet: leave it out$"):
+                parse(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parse"),
+    [
+        ("logprobs", 0, completion),
+        ("logprobs", True, chat),
+        ("echo", True, completion),
+        ("best_of", 2, completion),
+        ("suffix", "x", completion),
+        ("tools", [{"type": "function"}], chat),
+        ("response_format", {"type": "json_schema"}, chat),
+        ("presence_penalty", 0.5, chat),
+        ("logit_bias", {"5": 1}, completion),
+    ],
+)
+def test_known_features_that_are_missing_are_refused(name: str, value: object, parse: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{name}: .* not supported yet"):
+        parse(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "must be JSON in UTF-8"),
+        (b"{", "must be JSON in UTF-8"),
+        (b'{"prompt": "\xff"}', "must be JSON in UTF-8: 'utf-8' codec can't decode byte 0xff"),
+        (b'\xef\xbb\xbf{"prompt": "a"}', "must be JSON in UTF-8"),
+        (b"[" * 100_000, "must be JSON in UTF-8"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "must be JSON in UTF-8"),
+        (b'["prompt"]', "must be a JSON object"),
+        (b"null", "must be a JSON object"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(raw: bytes, says: str) -> None:
+    with pytest.raises(InvalidRequestError, match=says) as error:
+        parse_body(CompletionBody, raw)
+    assert error.value.field == "body"
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(InvalidRequestError, match="prompt: got None, field required"):
+        parse_body(CompletionBody, b"{}")
+    with pytest.raises(InvalidRequestError, match="messages: got None, field required"):
+        parse_body(ChatBody, b"{}")
