@@ -170,8 +170,6 @@ class Dispatcher:
 
     def _start(self, entry: Entry, placement: Placement) -> None:
         self._queue.remove(entry)
-        stop(entry.unavailable_timer)
-        entry.unavailable_timer = None
         now_s = self._clock()
         if entry.stats.ttft_s is None:
             entry.stats.queue_s = now_s - entry.arrived_s

@@ -187,7 +187,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         finally:
             reader.cancel()
             for key in [*self.held]:
-                self._free(key)
+                self.forget(key)
             self.parts.clear()
 
     def _hello(self) -> pb.WorkerHello:
@@ -284,7 +284,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     def _after_prefill(self, held: Held, first: int, finish: int) -> None:
         if finish:
-            self._free(held.key)
+            self.forget(held.key)
         elif held.local:
             held.token_ids.append(first)
             held.running = self._spawn(self._decode(held))
@@ -310,14 +310,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     def _on_release(self, release: pb.Release) -> None:
         key = key_of(release.ticket)
         self._expect(key in self.held, "release of what is not held")
-        self._free(key)
+        self.forget(key)
         transfer = pb.TransferStats(num_bytes=100, transfer_s=0.5, exposed_s=0.125)
         event = pb.Released(transfer_id=key[0], attempt=key[1], transfer=transfer)
         self._answer("release", None, pb.Event(released=event))
 
     def _on_cancel(self, cancel: pb.CancelAttempt) -> None:
         key = key_of(cancel.ticket)
-        self._free(key)
+        self.forget(key)
         if not self.script.no_release:
             event = pb.Released(transfer_id=key[0], attempt=key[1])
             self._answer("cancel", None, pb.Event(released=event))
@@ -348,7 +348,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if not self.script.fail.get(kind):
             return False
         self.script.fail[kind] -= 1
-        self._free(key)
+        self.forget(key)
         self.say(failed(key))
         return True
 
@@ -365,7 +365,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             finish = pb.ENGINE_FINISH_UNSPECIFIED
             if len(held.token_ids) - held.work.num_prompt_tokens >= sampling.max_tokens:
                 finish = pb.ENGINE_FINISH_LENGTH
-                self._free(key)
+                self.forget(key)
             self.num_steps[key] += 1
             self.say(tokens(key, held.token_ids[-1:], finish))
             await self._notify()
@@ -390,7 +390,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         else:
             speak()
 
-    def _free(self, key: Key) -> None:
+    def forget(self, key: Key) -> None:
+        """Hold nothing of the attempt any more, and say nothing."""
         held = self.held.pop(key, None)
         if held and held.running and held.running is not asyncio.current_task():
             held.running.cancel()

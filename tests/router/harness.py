@@ -129,7 +129,11 @@ class Harness:
         return not self.dispatcher.ledger.num_entries and not any(fake.held for fake in self.fakes)
 
     def check(self) -> None:
+        """Books that agree, workers without complaint, no timer left of a request that ended."""
         self.dispatcher.check_integrity()
+        for entry in self.seen.entries.values():
+            timers = [timer for timer in (entry.deadline_timer, entry.unavailable_timer) if timer]
+            assert not entry.ended or all(timer.cancelled() for timer in timers), entry.request.request_id
         for fake in self.fakes:
             assert fake.problems == [], fake.worker_id
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core.request import FinishReason
+from router.config import DispatchConfig
 from tests.router.fake_worker import FakeWorker, continuation
 from tests.router.harness import harness, pair_of_workers, read
 
@@ -145,16 +146,30 @@ async def test_stats_tell_where_the_time_went() -> None:
         await world.idle()
 
 
-async def test_a_short_answer_waits_for_the_figures_of_its_transfer() -> None:
-    async with pair_of_workers() as (world, prefill, _):
+async def test_a_short_answer_waits_for_the_figures_of_its_transfer_and_no_longer() -> None:
+    async with pair_of_workers(DispatchConfig(stats_grace_s=60.0)) as (world, prefill, _):
         prefill.pause("release")
-        stream = world.submit(PROMPT, 2)
+        stream = world.submit(PROMPT, 2, request_id="mine")
         deltas = [await anext(stream), await anext(stream)]
+        deadline = world.seen.entries["mine"].deadline_timer
+        assert deadline is not None
+        assert deadline.cancelled()  # all tokens are there in time
         prefill.resume("release")
         deltas.append(await anext(stream))
         assert [delta.finish_reason for delta in deltas] == [None, None, FinishReason.LENGTH]
         assert stream.stats.kv_bytes == 100
         await world.idle()
+
+
+async def test_figures_that_do_not_come_hold_the_end_up_for_a_moment_only() -> None:
+    async with pair_of_workers(DispatchConfig(stats_grace_s=0.05)) as (world, prefill, _):
+        prefill.pause("release")
+        stream = world.submit(PROMPT, 2)
+        assert await read(stream) == (continuation(PROMPT, 2), FinishReason.LENGTH)
+        assert stream.stats.kv_bytes is None
+        prefill.resume("release")
+        await world.idle()
+        assert stream.stats.kv_bytes == 100
 
 
 async def test_life_cycle_events_come_in_order() -> None:

@@ -50,6 +50,21 @@ async def test_a_request_without_room_on_the_decode_side_is_unknown_to_every_wor
         await world.idle()
 
 
+@pytest.mark.parametrize("role", ["decode", "mixed"])
+async def test_blocks_that_a_workers_load_shows_as_taken_are_not_counted_twice(role: str) -> None:
+    holder = FakeWorker("d", role, num_blocks=4)
+    async with harness(holder, *([FakeWorker("p", "prefill")] if role == "decode" else [])) as world:
+        await world.until_routes(1)
+        holder.pause("tokens")
+        streams = [world.submit([i] * 20, 4, request_id=f"n{i}") for i in range(2)]  # two blocks each
+        for i in range(2):
+            await world.seen.until_event(f"n{i}", LifecycleEvent.FIRST_TOKEN)
+        holder.resume("tokens")
+        for stream in streams:
+            await read(stream)
+        await world.idle()
+
+
 async def test_the_queue_is_first_come_first_served() -> None:
     async with harness(FakeWorker("m", "mixed", num_credits=1)) as world:
         (fake,) = world.fakes

@@ -207,6 +207,34 @@ async def test_tokens_before_their_time_fail_the_attempt_rather_than_leave_a_gap
         await world.idle()
 
 
+async def test_a_worker_that_lets_go_unasked_has_failed_the_attempt() -> None:
+    async with pair_of_workers() as (world, _, decode):
+        decode.pause("tokens")
+        stream = world.submit(PROMPT, 6, request_id="mine")
+        await world.seen.until_event("mine", LifecycleEvent.ACCEPTED)
+        transfer_id, attempt = key_of(decode.commands("accept")[0].ticket)
+        decode.forget((transfer_id, attempt))
+        decode.say(pb.Event(released=pb.Released(transfer_id=transfer_id, attempt=attempt)))
+        await world.seen.until_event("mine", LifecycleEvent.RETRIED)
+        decode.resume("tokens")
+        assert (await read(stream))[0] == continuation(PROMPT, 6)
+        assert world.dispatcher.counts.failures == {"released": 1}
+        await world.idle()
+
+
+async def test_a_refusal_after_the_handover_is_dropped() -> None:
+    async with pair_of_workers() as (world, _, decode):
+        decode.pause("tokens")
+        stream = world.submit(PROMPT, 6, request_id="mine")
+        await world.seen.until_event("mine", LifecycleEvent.ACCEPTED)
+        transfer_id, attempt = key_of(decode.commands("accept")[0].ticket)
+        decode.say(pb.Event(refused=pb.Refused(transfer_id=transfer_id, attempt=attempt, reason="too late")))
+        decode.resume("tokens")
+        assert (await read(stream))[0] == continuation(PROMPT, 6)
+        assert world.dispatcher.counts.dropped == {"Refused": 1}
+        await world.idle()
+
+
 async def test_a_prefill_without_a_record_is_not_handed_over() -> None:
     async with pair_of_workers(DispatchConfig(max_attempts=1)) as (world, prefill, decode):
         prefill.pause("prefill")

@@ -278,6 +278,7 @@ async def test_a_worker_that_comes_back_is_paired_anew() -> None:
     async with pair_of_workers() as (world, prefill, decode):
         decode.drop_session()
         await world.until_routes(0)
+        assert world.dispatcher.info().pairs == ()
         await world.until_routes(1)
         assert [connect.epoch for connect in prefill.commands("connect")] == [1, 2]
 
