@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as installed_version
 
 import grpc.aio
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from core.clock import Clock
 from core.errors import ConfigError, PenstockError
 from core.model_info import ModelInfo
+from router import health
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.generation import Generator
@@ -109,7 +110,7 @@ class RouterApp:
 
     async def stop(self, grace_s: float) -> None:
         """New requests are refused from now on; those that run have `grace_s`, then they are ended. Idempotent."""
-        await self._health.stop()
+        self._health.stop()
         await asyncio.gather(
             *([self._grpc.stop(grace_s)] if self._grpc else []),
             *([self._http.stop(grace_s)] if self._http else []),
@@ -131,9 +132,9 @@ class RouterApp:
         )
         add_to_server(service, server)
         RegistryService(self.workers).add_to(server)
-        await self._health.start(server)
-        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((SERVICE, REGISTRY, health_name, reflection.SERVICE_NAME), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE, REGISTRY, health.SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
         host, wanted = self._config.host, self._config.grpc_port
         try:
             port = server.add_insecure_port(join_address(host, wanted))

@@ -4,45 +4,57 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-_Status = health_pb2.HealthCheckResponse
+SERVICE = "grpc.health.v1.Health"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_Reply = health_pb2.HealthCheckResponse
 
 
-class Health:
-    """Asks `can_serve` whenever `on_change` was called; those who watch are told."""
+class Health(health_pb2_grpc.HealthServicer):
+    """Asks `can_serve` when it is asked, and, for those who watch, whenever `on_change` was called.
+
+    Answers for the server as a whole ("") and for `services`, all alike. Unlike grpcio's own servicer, it lets go of
+    those who watch when the server stops, which else would wait for them.
+    """
 
     def __init__(self, can_serve: Callable[[], bool], services: Sequence[str]) -> None:
         self._can_serve = can_serve
-        self._services = ("", *services)
-        self._servicer = health.aio.HealthServicer()
+        self._services = frozenset(("", *services))
         self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     def on_change(self) -> None:
-        self._changed.set()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
-    async def start(self, server: grpc.aio.Server) -> None:
-        await self._tell()
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        self._task = asyncio.create_task(self._follow())
-
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """NOT_SERVING from now on, whatever happens."""
-        await self._servicer.enter_graceful_shutdown()
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        self._stopping = True
+        self.on_change()
 
-    async def _follow(self) -> None:
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> _Reply:  # noqa: N802
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
+        return _Reply(status=self._status(request.service))
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:  # noqa: N802
+        told: int | None = None
         while True:
-            await self._changed.wait()
-            self._changed.clear()
-            await self._tell()
+            changed = self._changed
+            status = self._status(request.service)
+            if status != told:
+                await context.write(_Reply(status=status))
+                told = status
+            if self._stopping:
+                return
+            await changed.wait()
 
-    async def _tell(self) -> None:
-        status = _Status.SERVING if self._can_serve() else _Status.NOT_SERVING
-        for service in self._services:
-            await self._servicer.set(service, status)
+    def _status(self, service: str) -> Any:
+        if service not in self._services:
+            return _Reply.SERVICE_UNKNOWN
+        return _Reply.SERVING if self._can_serve() and not self._stopping else _Reply.NOT_SERVING
