@@ -125,7 +125,7 @@ def _launcher(config: ClusterConfig) -> Launcher:
     if config.launcher == "subprocess":
         return SubprocessLauncher()
     if config.ray_address is None:
-        # Ray would turn token authentication on by itself and leave a token in the home folder. It reads these at import.
+        # Read by Ray at import. Left alone, it turns token authentication on and writes a token into the home folder.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     from cluster.ray_launcher import RayLauncher

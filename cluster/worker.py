@@ -99,8 +99,9 @@ class Worker:
 
     def run(self) -> None:
         """Turn until stopped or drained. Raises the error of the last step where too many fail in a row."""
+        plan = Plan(())
         while not self._stopped:
-            self._take_messages()
+            self._take_messages(wait=not plan)
             plan = self._engine.scheduler.schedule()
             if plan and (result := self._run_step(plan)):
                 self._publish(self._engine.scheduler.update(plan, result))
@@ -109,12 +110,10 @@ class Worker:
 
     # ---- one turn
 
-    def _take_messages(self) -> None:
-        """Handle all that has come; wait for something where there is nothing to compute."""
-        scheduler = self._engine.scheduler
-        idle = not (scheduler.num_running or scheduler.num_waiting)
+    def _take_messages(self, wait: bool) -> None:
+        """Handle all that has come; with `wait`, something comes first, or it is time to look at leases."""
         try:
-            message = self._inbox.get(timeout=EXPIRY_INTERVAL_S) if idle else self._inbox.get_nowait()
+            message = self._inbox.get(timeout=EXPIRY_INTERVAL_S) if wait else self._inbox.get_nowait()
             while True:
                 self._handle(message)
                 message = self._inbox.get_nowait()
@@ -146,6 +145,8 @@ class Worker:
         self._expire_at = now + EXPIRY_INTERVAL_S
         for key, reason in self._kv.expired(now):
             self._fail(key, reason, f"{reason.replace('_', ' ')} on worker {self._incarnation}")
+        if not self._keys():
+            self.check_integrity()  # nothing is wanted, so nothing may be held: a leak ends the worker, loudly
         if self._draining_until is not None and (now >= self._draining_until or not self._keys()):
             for session in self._sessions:
                 session.emit(Drained())

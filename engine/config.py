@@ -40,6 +40,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"engine.{name}", value, "must be >= 1, or left out")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                "engine.max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                f"must be >= max_num_seqs = {self.max_num_seqs}, or prompts wait while all of them decode",
+            )
         if not self.kv_cache_memory_gib > 0:
             raise ConfigError("engine.kv_cache_memory_gib", self.kv_cache_memory_gib, "must be > 0")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -31,8 +31,8 @@ BFLOAT16_TOLERANCE = 0.25
 MODES = {
     "alone": EngineConfig(num_blocks=16, max_num_seqs=1),
     "batched": EngineConfig(num_blocks=600),
-    "chunked": EngineConfig(num_blocks=600, max_num_batched_tokens=24),
-    "preempted": EngineConfig(num_blocks=60, block_size=4, max_num_batched_tokens=48),
+    "chunked": EngineConfig(num_blocks=600, max_num_batched_tokens=24, max_num_seqs=24),
+    "preempted": EngineConfig(num_blocks=60, block_size=4, max_num_batched_tokens=48, max_num_seqs=48),
 }
 
 
