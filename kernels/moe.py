@@ -15,9 +15,10 @@ def route(gate_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, T
     gate_logits: [T, E]; returns weights [T, top_k] float32, from a softmax over all experts, scaled to sum to 1 where
     `renormalize`, and expert ids [T, top_k] int64.
     """
+    if renormalize:  # the same as a softmax over the chosen ones
+        best, expert_ids = gate_logits.to(torch.float32).topk(top_k, dim=-1)
+        return best.softmax(dim=-1), expert_ids
     weights, expert_ids = gate_logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
-    if renormalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights, expert_ids
 
 

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_GATHERED_BYTES = {"cpu": 16 * 2**20}
+"""Most that decode gathers at once: fresh memory beyond what the allocator keeps costs more than the attention."""
+_GATHERED_BYTES_ELSEWHERE = 512 * 2**20
+_BITS = {2: torch.int16, 4: torch.int32}
+
 
 def decode_attention(
     q: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, max_context_len: int
@@ -21,18 +26,36 @@ def decode_attention(
 
     What lies in the cache beyond a row's context, not-a-number included, has no effect on the row.
     """
+    if q.shape[0] == 1:
+        return _decode(q, kv_cache, block_tables, max_context_len, None)
+    seen = torch.arange(max_context_len, device=q.device) < context_lens.unsqueeze(1)
+    row_bytes = block_tables.shape[1] * kv_cache[0].numel() * kv_cache.element_size()
+    num_rows = max(1, _GATHERED_BYTES.get(q.device.type, _GATHERED_BYTES_ELSEWHERE) // row_bytes)
+    if q.shape[0] <= num_rows:
+        return _decode(q, kv_cache, block_tables, max_context_len, seen)
+    pieces = zip(*(torch.split(each, num_rows) for each in (q, block_tables, seen)), strict=True)
+    return torch.cat([_decode(rows, kv_cache, tables, max_context_len, part) for rows, tables, part in pieces])
+
+
+def _decode(q: Tensor, kv_cache: Tensor, block_tables: Tensor, num_positions: int, seen: Tensor | None) -> Tensor:
+    """Attention over positions [0, num_positions), or where `seen` [B, num_positions]."""
     num_rows, num_heads, head_size = q.shape
     num_kv_heads = kv_cache.shape[3]
     blocks = kv_cache.index_select(0, block_tables.flatten())
-    kv = blocks.view(num_rows, -1, 2, num_kv_heads, head_size)[:, :max_context_len]
+    kv = blocks.view(num_rows, -1, 2, num_kv_heads, head_size)[:, :num_positions]
     mask = None
-    if num_rows > 1:
-        seen = torch.arange(max_context_len, device=q.device) < context_lens.unsqueeze(1)
-        kv.masked_fill_(~seen[:, :, None, None, None], 0)
-        mask = seen[:, None, None, :]
+    if seen is not None:
+        _erase_unseen_(kv, seen)
+        mask = seen[:, None, None]
     k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
     grouped = q.view(num_rows, num_kv_heads, -1, head_size)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(num_rows, num_heads, head_size)
+
+
+def _erase_unseen_(kv: Tensor, seen: Tensor) -> None:
+    """Zero K and V where not `seen` [B, S]. On the bits: a product with 0 would keep what is not a number."""
+    bits = kv.view(_BITS[kv.element_size()]).flatten(2)
+    bits.bitwise_and_(seen.to(bits.dtype).neg_().unsqueeze(2))
 
 
 def prefill_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, start: int) -> Tensor:
