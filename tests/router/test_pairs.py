@@ -82,6 +82,15 @@ def test_an_answer_to_an_older_epoch_does_not_count() -> None:
     assert not only(pairs).up
 
 
+def test_a_word_about_an_older_epoch_does_not_take_a_pair_down() -> None:
+    pairs = table()
+    bring_up(pairs, 0.0)
+    fail(pairs, 1.0)
+    bring_up(pairs, 2.0)
+    assert not pairs.answer_down(PairDown("p", "d", 1, "late"), 2.0)
+    assert only(pairs).up
+
+
 def test_waits_double_up_to_the_longest() -> None:
     pairs, now_s, waits = table(), 0.0, []
     for _ in range(8):

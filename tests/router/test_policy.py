@@ -49,8 +49,8 @@ def clusters(draw: st.DrawFn) -> ClusterView:
             role=draw(ROLES),
             block_size=draw(st.sampled_from([1, 16, 32])),
             max_model_len=draw(st.sampled_from([32, 128, 1024])),
-            num_free_credits=draw(st.integers(-1, 2)),
-            num_free_blocks=draw(st.integers(-2, 20)),
+            num_free_credits=draw(st.integers(0, 2)),
+            num_free_blocks=draw(st.integers(-2, 30)),
             num_active=draw(st.integers(0, 3)),
             num_waiting_tokens=draw(st.integers(0, 100)),
         )
@@ -63,8 +63,8 @@ def clusters(draw: st.DrawFn) -> ClusterView:
 
 @st.composite
 def needs(draw: st.DrawFn) -> Need:
-    names = st.frozensets(st.sampled_from([f"w{i}" for i in range(5)]), max_size=3)
-    num_tokens = draw(st.integers(1, 200))
+    names = st.frozensets(st.sampled_from([f"w{i}" for i in range(5)]), max_size=2)
+    num_tokens = draw(st.integers(1, 120))
     return Need(num_tokens, num_tokens + draw(st.integers(1, 200)), avoid=draw(names), refused_by=draw(names))
 
 
@@ -194,9 +194,12 @@ def test_without_a_route_nothing_is_possible() -> None:
 def test_all_that_lacks_is_named() -> None:
     view = cluster(
         worker("p", WorkerRole.PREFILL),
+        worker("p-full", WorkerRole.PREFILL, num_free_credits=0),
         worker("d1", WorkerRole.DECODE, num_free_credits=0),
         worker("d2", WorkerRole.DECODE, num_free_blocks=0),
         worker("d3", WorkerRole.DECODE),
     )
     need = replace(NEED, refused_by=frozenset({"d3"}))
-    assert place(need, view) == NoPlacement(True, ("no_decode_blocks", "no_decode_credit", "refused"))
+    assert place(need, view) == NoPlacement(
+        True, ("no_decode_blocks", "no_decode_credit", "no_prefill_credit", "refused")
+    )

@@ -131,6 +131,14 @@ async def test_a_silent_worker_is_taken_for_dead() -> None:
         await world.idle()
 
 
+async def test_a_worker_that_says_hello_and_nothing_more_is_taken_for_dead() -> None:
+    sessions = dataclasses.replace(SESSIONS, dead_after_s=0.1)
+    fake = FakeWorker("m", "mixed")
+    fake.script.silent = True
+    async with harness(fake, sessions=sessions):
+        await fake.until(lambda: fake.num_sessions >= 2)
+
+
 async def test_another_worker_at_the_address_is_not_taken_for_the_one_that_registered() -> None:
     async with harness() as world:
         fake = FakeWorker("m", "mixed")
@@ -247,7 +255,7 @@ async def test_a_word_about_an_older_epoch_does_not_take_a_pair_down() -> None:
         await world.until_routes(1)
         prefill.say(down(first))
         assert (await read(world.submit(PROMPT, 4)))[0] == continuation(PROMPT, 4)
-        assert len(decode.commands("connect")) == 2
+        assert world.dispatcher.info().pairs[0].up
         await world.idle()
 
 
