@@ -127,7 +127,8 @@ def _print_summary(summary: Summary) -> None:
     console = Console()
     console.print(
         f"[b]{summary.num_requests} requests in {summary.duration_s:.1f} s[/b]: "
-        f"{summary.requests_per_s:.2f} requests/s, {summary.output_tokens_per_s:.1f} tokens/s, {summary.num_failed} failed {summary.errors or ''}"
+        f"{summary.requests_per_s:.2f} requests/s, {summary.output_tokens_per_s:.1f} tokens/s, "
+        f"{summary.num_failed} failed {summary.errors or ''}"
     )
     table = Table("ms", "mean", "p50", "p90", "p99", "max")
     rows = (("TTFT", summary.ttft_s), ("ITL", summary.itl_s), ("TPOT", summary.tpot_s), ("E2E", summary.e2e_s))

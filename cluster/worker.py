@@ -81,7 +81,8 @@ class Worker:
         self._prefill = PrefillHalf(engine.scheduler, kv.sender)
         self._decode = DecodeHalf(engine.scheduler, engine.pool, kv.receiver)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._sessions: dict[RouterSession, dict[AttemptKey, Ticket]] = {}
+        self._sessions: set[RouterSession] = set()
+        self._owners: dict[AttemptKey, RouterSession] = {}
         self._parts: dict[AttemptKey, list[int]] = {}
         self._draining_until: float | None = None
         self._stopped = False
@@ -145,6 +146,7 @@ class Worker:
         self._expire_at = now + EXPIRY_INTERVAL_S
         for key, reason in self._kv.expired(now):
             self._fail(key, reason, f"{reason.replace('_', ' ')} on worker {self._incarnation}")
+        self._owners = {key: owner for key, owner in self._owners.items() if self._is_live(key) or key in self._parts}
         if not self._keys():
             self.check_integrity()  # nothing is wanted, so nothing may be held: a leak ends the worker, loudly
         if self._draining_until is not None and (now >= self._draining_until or not self._keys()):
@@ -165,9 +167,10 @@ class Worker:
                 if session in self._sessions:  # not a straggler of one that is closed
                     self._obey(session, command)
             case SessionOpened(session):
-                self._sessions[session] = {}
+                self._sessions.add(session)
             case SessionClosed(session):
-                for key in self._sessions.pop(session, {}):
+                self._sessions.discard(session)
+                for key in [key for key, owner in self._owners.items() if owner is session]:
                     self._drop(key)
             case PairUp() | PairDown():
                 for session in self._sessions:
@@ -186,10 +189,11 @@ class Worker:
             case Connect():
                 self._kv.connect(command)
             case PromptPart(ticket, offset, token_ids):
-                part = self._parts.setdefault(ticket.key, [])
-                del part[offset:]
-                part.extend(token_ids)
-                self._sessions[session][ticket.key] = ticket
+                if not self._is_live(ticket.key):  # else it was said again after a reconnect
+                    part = self._parts.setdefault(ticket.key, [])
+                    del part[offset:]
+                    part.extend(token_ids)
+                    self._owners[ticket.key] = session
             case Reserve() | Prefill():
                 self._admit(session, command)
             case Accept():
@@ -204,10 +208,11 @@ class Worker:
     def _admit(self, session: RouterSession, command: Reserve | Prefill) -> None:
         """Start an attempt, or say why not. Either way nothing is left half done."""
         ticket, key = command.ticket, command.ticket.key
-        if key in self._prefill or key in self._decode:
+        if self._is_live(key):
             return  # said again after a reconnect
         token_ids = self._parts.pop(key, []) + list(command.work.token_ids)
-        self._sessions[session][key] = ticket
+        self._owners[key] = session
+        self._end_older(ticket)
         try:
             if refusal := self._refusal(command, token_ids):
                 session.emit(refusal)
@@ -217,12 +222,15 @@ class Worker:
                 self._decode.start_local(command, token_ids, session.emit)
             else:
                 self._prefill.start(command, token_ids, session.emit)
-        except TransferError as error:
-            session.emit(AttemptFailed(key, error.reason, str(error)))
         except PenstockError as error:
-            session.emit(AttemptFailed(key, "invalid", str(error)))
-        if key not in self._prefill and key not in self._decode:
-            self._sessions[session].pop(key, None)
+            self._drop(key)
+            reason = error.reason if isinstance(error, TransferError) else "invalid"
+            session.emit(AttemptFailed(key, reason, str(error)))
+
+    def _end_older(self, ticket: Ticket) -> None:
+        """The router has given up earlier attempts at the same transfer: none may hold blocks beside this one."""
+        for key in [key for key in self._owners if key[0] == ticket.transfer_id and key[1] < ticket.attempt]:
+            self._fail(key, "stale_attempt", f"attempt {ticket.attempt} came after attempt {key[1]}")
 
     def _refusal(self, command: Reserve | Prefill, token_ids: list[int]) -> Refused | AttemptFailed | None:
         """Why this worker does not take the attempt; a Refused goes back to the router's queue."""
@@ -230,9 +238,11 @@ class Worker:
         mine = ticket.decode_incarnation if isinstance(command, Reserve) else ticket.prefill_incarnation
         if mine != me:
             return AttemptFailed(ticket.key, "wrong_incarnation", f"the ticket is for worker {mine}, this is {me}")
-        wrong_role = WorkerRole.PREFILL if isinstance(command, Reserve) else WorkerRole.DECODE
-        if self._role is wrong_role:
+        needed = WorkerRole.DECODE if isinstance(command, Reserve) else WorkerRole.PREFILL
+        if self._role is not WorkerRole.MIXED and (ticket.local or self._role is not needed):
             return AttemptFailed(ticket.key, "wrong_role", f"a {self._role.value} worker does not do this")
+        if any(key[0] == ticket.transfer_id and key[1] > ticket.attempt for key in self._keys()):
+            return AttemptFailed(ticket.key, "stale_attempt", "a later attempt is here already")
         if len(token_ids) != work.prompt_offset + len(work.token_ids):
             text = f"{len(token_ids)} prompt tokens came, {work.prompt_offset + len(work.token_ids)} were announced"
             return AttemptFailed(ticket.key, "invalid", text)
@@ -267,8 +277,10 @@ class Worker:
 
     def _forget(self, key: AttemptKey) -> None:
         self._parts.pop(key, None)
-        for tickets in self._sessions.values():
-            tickets.pop(key, None)
+        self._owners.pop(key, None)
+
+    def _is_live(self, key: AttemptKey) -> bool:
+        return key in self._prefill or key in self._decode
 
     def _keys(self) -> list[AttemptKey]:
         return [*self._prefill.keys(), *self._decode.keys()]
@@ -293,3 +305,5 @@ class Worker:
         live = {engine_id(key) for key in self._keys()}
         if stray := set(self._engine.scheduler.requests) ^ live:
             raise IntegrityError(f"attempts and the scheduler's requests differ by {sorted(stray)}")
+        if orphans := set(self._keys()) - set(self._owners):
+            raise IntegrityError(f"attempts of no session: {sorted(orphans)}")
