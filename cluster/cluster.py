@@ -108,7 +108,8 @@ class Cluster:
             with grpc.insecure_channel(self.endpoints.grpc) as channel:
                 stub: Any = health_pb2_grpc.HealthStub(channel)  # its published types know no Watch
                 try:
-                    for reply in stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=timeout_s):
+                    request = health_pb2.HealthCheckRequest(service=SERVICE)
+                    for reply in stub.Watch(request, timeout=timeout_s, wait_for_ready=True):
                         if reply.status == health_pb2.HealthCheckResponse.SERVING:
                             return
                 except grpc.RpcError as error:
@@ -116,9 +117,8 @@ class Cluster:
                         raise UnavailableError(f"the router fails its health check: {error.details()}") from error
             if reason := self.launcher.failure():
                 raise UnavailableError(reason)
-        raise UnavailableError(
-            f"no worker could serve within {self.config.startup_timeout_s:g} s; the log of the workers says why"
-        )
+        reason = self.launcher.failure(final=True) or "the log of the workers says why"
+        raise UnavailableError(f"no worker could serve within {self.config.startup_timeout_s:g} s: {reason}")
 
 
 def _launcher(config: ClusterConfig) -> Launcher:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
+import logging
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import IO, Protocol
 
 from cluster.config import from_json, to_json
-from cluster.spec import Endpoints, RouterSpec, WorkerSpec
+from cluster.spec import Endpoints, RouterSpec, Started, WorkerSpec
 from core.errors import UnavailableError
 
+log = logging.getLogger(__name__)
+
 RESTART_DELAYS_S = (0.1, 0.5, 2.0, 5.0)
-"""Waited before a restart, by the number of exits in a row that came within `STABLE_S` of their start."""
+"""Waited before a restart: the longer, the more exits in a row came within `STABLE_S` of their start."""
 STABLE_S = 30.0
+KILL_TIMEOUT_S = 5.0
 
 
 class Launcher(Protocol):
@@ -35,8 +38,11 @@ class Launcher(Protocol):
     def pids(self) -> dict[str, int]:
         """Process ids by worker id, the router under `router`; those that run now."""
 
-    def failure(self) -> str | None:
-        """Why the cluster can't come up, once that is certain (a worker that fails at each start), else None."""
+    def failure(self, *, final: bool = False) -> str | None:
+        """Why the cluster can't come up, once that is certain (a worker that fails at each start), else None.
+
+        With `final`, time is up: what is still missing counts too.
+        """
 
     def close(self) -> None:
         """End everything; returns when no process is left."""
@@ -51,8 +57,12 @@ class SubprocessLauncher:
 
     def start_router(self, spec: RouterSpec, deadline_s: float) -> Endpoints:
         child = self._children["router"] = _Child("router", ["router"], to_json(spec))
-        self._endpoints = from_json(Endpoints, child.first_line(deadline_s))
-        return self._endpoints
+        endpoints = child.endpoints(deadline_s)
+        ports = [int(address.rpartition(":")[2]) for address in (endpoints.grpc, endpoints.http)]
+        fixed = replace(spec.config, grpc_port=ports[0], http_port=ports[1])  # where workers and clients look for it
+        child.spec = to_json(replace(spec, config=fixed))
+        self._endpoints = endpoints
+        return endpoints
 
     def start_worker(self, spec: WorkerSpec) -> None:
         if self._endpoints is None:
@@ -66,7 +76,7 @@ class SubprocessLauncher:
     def pids(self) -> dict[str, int]:
         return {name: child.pid for name, child in self._children.items() if child.alive}
 
-    def failure(self) -> str | None:
+    def failure(self, *, final: bool = False) -> str | None:  # noqa: ARG002 (a process is never just missing)
         return next((child.failure for child in self._children.values() if child.failure), None)
 
     def close(self) -> None:
@@ -77,16 +87,18 @@ class SubprocessLauncher:
 
 
 class _Child:
-    """One supervised process. Its specification goes in on stdin, its first line comes out on stdout."""
+    """One supervised process. Its specification goes in on stdin, which stays open for as long as this process lives;
+    its `Started` comes out on stdout."""
 
     def __init__(self, name: str, arguments: list[str], spec: str) -> None:
         self.name = name
+        self.spec = spec
         self.failure: str | None = None
         self._command = [sys.executable, "-m", "cluster.process", *arguments]
-        self.spec = spec
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # no restart once `_stopping` is set
-        self._started, self._line = threading.Event(), ""
+        self._answer: Started | None = None
+        self._answered = threading.Event()
         self._process = self._spawn()
         self._supervisor = threading.Thread(target=self._supervise, name=f"supervise-{name}", daemon=True)
         self._supervisor.start()
@@ -99,48 +111,68 @@ class _Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def first_line(self, deadline_s: float) -> str:
-        if not self._started.wait(deadline_s) or not self._line:
-            raise UnavailableError(self.failure or f"{self.name} did not start within {deadline_s:g} s")
-        return self._line
+    def endpoints(self, deadline_s: float) -> Endpoints:
+        """Where it answers, once it does. Raises UnavailableError where it can't start, or takes too long."""
+        self._answered.wait(deadline_s)
+        if self._answer is None:
+            raise UnavailableError(f"{self.name} did not start within {deadline_s:g} s")
+        if self._answer.endpoints is None:
+            raise UnavailableError(f"{self.name} can't start: {self._answer.error}")
+        return self._answer.endpoints
 
     def stop(self, grace_s: float) -> None:
         """SIGTERM, then SIGKILL after `grace_s` (0: at once)."""
         with self._lock:
             self._stopping.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGTERM if grace_s else signal.SIGKILL)
-        try:
-            self._process.wait(grace_s or 5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._supervisor.join(5)
+        if grace_s:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace_s)
+        self._process.kill()  # which does nothing to a process that has ended
+        self._supervisor.join(KILL_TIMEOUT_S)
 
     def _spawn(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        with contextlib.suppress(BrokenPipeError), _pipe(process.stdin) as stdin:
-            stdin.write(self.spec)
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,  # a terminal's ctrl-C goes to this process, which decides
+        )
+        with contextlib.suppress(BrokenPipeError):
+            _pipe(process.stdin).write(f"{self.spec}\n")
+            _pipe(process.stdin).flush()
         return process
 
     def _supervise(self) -> None:
         num_quick_exits = 0
         while True:
             started_at = time.monotonic()
-            with _pipe(self._process.stdout) as stdout:
-                self._line = self._line or stdout.readline().strip()
-                self._started.set()
-                code = self._process.wait()
+            code = self._follow(self._process)
             if self._stopping.is_set():
                 return
-            num_quick_exits = num_quick_exits + 1 if time.monotonic() - started_at < STABLE_S else 0
-            if num_quick_exits >= len(RESTART_DELAYS_S):
+            num_quick_exits = num_quick_exits + 1 if time.monotonic() - started_at < STABLE_S else 1
+            if self.failure is None and num_quick_exits >= len(RESTART_DELAYS_S):
                 self.failure = f"{self.name} ended {num_quick_exits} times in a row, last with code {code}"
+            log.warning("%s ended with code %d and is started again", self.name, code)
             if self._stopping.wait(RESTART_DELAYS_S[min(num_quick_exits, len(RESTART_DELAYS_S)) - 1]):
                 return
             with self._lock:
                 if self._stopping.is_set():
                     return
                 self._process = self._spawn()
+
+    def _follow(self, process: subprocess.Popen[str]) -> int:
+        """Hear what the process says, until it has ended; its exit code."""
+        with _pipe(process.stdout) as stdout:
+            line = stdout.readline()
+        self._answer = from_json(Started, line) if line else Started(error="it ended before it had started")
+        self.failure = f"{self.name} can't start: {self._answer.error}" if line and self._answer.error else None
+        self._answered.set()
+        code = process.wait()
+        with contextlib.suppress(BrokenPipeError):  # of what it never read
+            _pipe(process.stdin).close()
+        return code
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:

@@ -1,11 +1,12 @@
-"""Entry of a process that the subprocess launcher starts: `python -m cluster.process router|worker ADDRESS`.
+"""Entry of a process that the subprocess launcher starts: `python -m cluster.process router | worker ROUTER_ADDRESS`.
 
-The specification comes as JSON on stdin. A router answers with its endpoints, one JSON line on stdout.
+The specification comes as one JSON line on stdin, `Started` goes out as one on stdout. The end of stdin means that the
+launcher is gone.
 """
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import os
 import signal
 import sys
@@ -13,9 +14,10 @@ import threading
 from typing import Protocol
 
 from cluster.config import from_json, to_json
-from cluster.spec import RouterSpec, WorkerSpec
+from cluster.spec import RouterSpec, Started, WorkerSpec
+from core.errors import ConfigError, PenstockError
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+log = logging.getLogger(__name__)
 
 
 class Process(Protocol):
@@ -26,18 +28,15 @@ class Process(Protocol):
         """Until it has ended by itself or through drain; the exit code."""
 
 
-def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent ends, however it ends."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        sys.exit(1)
+def end_with_parent() -> None:
+    """End this process when stdin does: the parent holds its other end, and lets go of it however it ends."""
+    while os.read(0, 1):  # not through sys.stdin, whose lock a thread must not hold at the end of a process
+        pass
+    os._exit(1)
 
 
 def run(process: Process) -> int:
-    """Drain on SIGTERM (a terminal's ctrl-C goes to the parent, which decides); the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Drain on SIGTERM; the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: process.drain())
     done: list[int] = []
     waiter = threading.Thread(target=lambda: done.append(process.wait()), name="wait", daemon=True)
@@ -48,23 +47,35 @@ def run(process: Process) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    die_with_parent()
+    """The exit code; 2 where the process can't start and has said why."""
+    spec, out = sys.stdin.readline(), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
+    try:
+        started, process = start(arguments, spec)
+    except (PenstockError, OSError) as error:
+        log.error("%s can't start: %s", " ".join(arguments), error)
+        print(to_json(Started(error=str(error))), file=out, flush=True)
+        return 2
+    print(to_json(started), file=out, flush=True)
+    return run(process)
+
+
+def start(arguments: list[str], spec: str) -> tuple[Started, Process]:
     match arguments:
         case ["router"]:
             from cluster.router_process import RouterProcess  # a router never loads what a worker needs, torch first
 
-            router = RouterProcess(from_json(RouterSpec, sys.stdin.read()), node_host="127.0.0.1")
-            print(to_json(router.start()), flush=True)
-            return run(router)
+            router = RouterProcess(from_json(RouterSpec, spec), node_host="127.0.0.1")
+            return Started(router.start()), router
         case ["worker", address]:
             from cluster.worker_process import WorkerProcess
 
-            worker = WorkerProcess(from_json(WorkerSpec, sys.stdin.read()), router_address=lambda: address)
+            worker = WorkerProcess(from_json(WorkerSpec, spec), router_address=lambda: address)
             worker.start()
-            return run(worker)
+            return Started(), worker
         case _:
-            print("usage: python -m cluster.process router | worker ROUTER_ADDRESS", file=sys.stderr)
-            return 2
+            raise ConfigError("arguments", arguments, "must be: router | worker ROUTER_ADDRESS")
 
 
 if __name__ == "__main__":

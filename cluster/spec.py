@@ -43,3 +43,11 @@ class Endpoints:
 
     grpc: str
     http: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first word of a process: it runs (a router also says where it answers), or why it can't."""
+
+    endpoints: Endpoints | None = None
+    error: str = ""

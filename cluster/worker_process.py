@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 REGISTER_INTERVAL_S = 2.0
 REGISTER_RETRY_S = 0.2
+CHANNEL_OPTIONS = (("grpc.max_reconnect_backoff_ms", 1000),)  # else a router that was away long is found late
 MAX_ROUTERS = 8
 """Sessions and other calls that one worker serves at once."""
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
@@ -134,7 +135,7 @@ class WorkerProcess:
                 if address != (address := self._router_address()) or channel is None:
                     if channel is not None:
                         channel.close()
-                    channel = grpc.insecure_channel(address)
+                    channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
                 worker_pb2_grpc.RegistryStub(channel).Register(request, timeout=REGISTER_INTERVAL_S)
                 wait_s = REGISTER_INTERVAL_S
             except (grpc.RpcError, OSError) as error:
