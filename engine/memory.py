@@ -12,6 +12,7 @@ from engine.kv_storage import KVStorage
 from engine.model import Model
 from engine.plan import Plan, PlanEntry
 from engine.runner import Runner
+from kernels.paged_attention import MAX_GATHERED_BYTES
 
 
 def num_blocks_that_fit(
@@ -20,16 +21,15 @@ def num_blocks_that_fit(
     """At most as many as `max_num_seqs` requests of `max_model_len` tokens can use; `ConfigError` where none fits."""
     usable = config.max_num_seqs * -(-max_model_len // config.block_size)
     if device.type == "cpu":
-        num_bytes, bytes_per_block = int(config.kv_cache_memory_gib * 2**30), layout.bytes_per_block
+        num_bytes = int(config.kv_cache_memory_gib * 2**30)
         path, value = "engine.kv_cache_memory_gib", config.kv_cache_memory_gib
     else:
-        num_bytes = _free_bytes(model, layout, config, device, max_model_len)
-        # Attention gathers the contexts of one layer, padded to at most twice their size.
-        bytes_per_block = layout.bytes_per_block + 2 * layout.bytes_per_block // layout.num_layers
+        gathered = max(MAX_GATHERED_BYTES["cuda"], max_model_len * layout.bytes_per_token_per_layer)
+        num_bytes = _free_bytes(model, layout, config, device, max_model_len) - gathered
         path, value = "engine.gpu_memory_utilization", config.gpu_memory_utilization
-    if num_bytes < bytes_per_block:
-        raise ConfigError(path, value, f"must leave room for at least one KV block of {bytes_per_block} bytes")
-    return min(num_bytes // bytes_per_block, usable)
+    if num_bytes < layout.bytes_per_block:
+        raise ConfigError(path, value, f"must leave room for at least one KV block of {layout.bytes_per_block} bytes")
+    return min(num_bytes // layout.bytes_per_block, usable)
 
 
 def _free_bytes(model: Model, layout: KVLayout, config: EngineConfig, device: torch.device, max_model_len: int) -> int:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_GATHERED_BYTES = {"cpu": 16 * 2**20}
-"""Most that decode gathers at once: fresh memory beyond what the allocator keeps costs more than the attention."""
-_GATHERED_BYTES_ELSEWHERE = 512 * 2**20
+MAX_GATHERED_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+"""What decode gathers at once, if more than one row. On CPU, fresh memory costs more than the attention itself."""
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -30,7 +29,7 @@ def decode_attention(
         return _decode(q, kv_cache, block_tables, max_context_len, None)
     seen = torch.arange(max_context_len, device=q.device) < context_lens.unsqueeze(1)
     row_bytes = block_tables.shape[1] * kv_cache[0].numel() * kv_cache.element_size()
-    num_rows = max(1, _GATHERED_BYTES.get(q.device.type, _GATHERED_BYTES_ELSEWHERE) // row_bytes)
+    num_rows = max(1, MAX_GATHERED_BYTES[q.device.type] // row_bytes)
     if q.shape[0] <= num_rows:
         return _decode(q, kv_cache, block_tables, max_context_len, seen)
     pieces = zip(*(torch.split(each, num_rows) for each in (q, block_tables, seen)), strict=True)

@@ -121,7 +121,9 @@ def test_sampled_tokens_do_not_depend_on_company(folder: Path, config: EngineCon
     together = run(Engine.from_checkpoint(folder, config), *requests())
     alone = Engine.from_checkpoint(folder, config)
     assert [run(alone, each)[0] for each in requests()] == together
-    small = Engine.from_checkpoint(folder, replace(config, num_blocks=24, block_size=4, max_num_batched_tokens=16))
+    small = Engine.from_checkpoint(
+        folder, replace(config, num_blocks=24, block_size=4, max_num_batched_tokens=16, max_num_seqs=16)
+    )
     assert run(small, *requests()) == together
     assert small.scheduler.num_preemptions > 0
 
@@ -148,7 +150,7 @@ def test_the_models_length_ends_a_request(folder: Path, config: EngineConfig) ->
 def test_prefill_here_and_decode_there_gives_the_same_tokens(folder: Path, config: EngineConfig) -> None:
     """Both halves of a disaggregated request, KV carried by read and write, block sizes unequal."""
     expected = run(Engine.from_checkpoint(folder, config), request("a", 45))[0]
-    prefill = Engine.from_checkpoint(folder, replace(config, max_num_batched_tokens=16))
+    prefill = Engine.from_checkpoint(folder, replace(config, max_num_batched_tokens=16, max_num_seqs=8))
     decode = Engine.from_checkpoint(folder, replace(config, block_size=8))
     sent, received = request("a", 45), request("a", 45)
     prefill.scheduler.add(sent, prefill_only=True)

@@ -6,7 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from kernels.paged_attention import decode_attention, prefill_attention
+from kernels.paged_attention import MAX_GATHERED_BYTES, decode_attention, prefill_attention
 
 BLOCK_SIZE = 4
 SHAPES = [(4, 4, 8), (6, 2, 16), (5, 1, 24)]
@@ -85,6 +85,20 @@ def test_a_row_does_not_depend_on_its_neighbours(device: torch.device, rng: torc
     for i, table in enumerate(cache.tables):
         alone = decode_attention(q[i : i + 1], cache.kv, table[None], lens[i : i + 1], int(lens[i]))
         torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_rows_may_be_gathered_in_pieces(
+    device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lens = [5, 30, 12, 1, 31, 8, 17]
+    cache = Cache(lens, 2, 16, rng)
+    q = torch.randn(7, 6, 16, generator=rng, device=device)
+    arguments = (q, cache.kv, cache.padded_tables(), torch.tensor(lens, device=device), 31)
+    whole = decode_attention(*arguments)
+    for num_rows in (0.5, 1, 3):
+        row_bytes = 8 * BLOCK_SIZE * 2 * 2 * 16 * 4
+        monkeypatch.setitem(MAX_GATHERED_BYTES, device.type, int(num_rows * row_bytes))
+        torch.testing.assert_close(decode_attention(*arguments), whole)
 
 
 def test_the_cache_is_only_read(device: torch.device, rng: torch.Generator) -> None:
