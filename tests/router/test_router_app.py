@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from core.errors import ConfigError
+from core.errors import ConfigError, UnavailableError
 from core.model_info import ModelInfo
 from core.request import Request
 from core.sampling import SamplingParams
@@ -207,6 +207,12 @@ async def test_a_port_that_is_taken_is_a_config_error_and_leaves_nothing_open(fi
         again.bind(("127.0.0.1", other_port))
 
 
+async def test_two_routers_never_share_a_port() -> None:
+    async with running_app() as (app, _):
+        with pytest.raises(ConfigError, match=r"router\.grpc_port"):
+            await make_app(grpc_port=int(app.grpc_address.rpartition(":")[2])).start()
+
+
 async def test_a_second_stop_does_nothing() -> None:
     app = make_app()
     await app.start()
@@ -268,6 +274,14 @@ async def test_a_client_that_goes_away_frees_both_workers(workers: tuple[FakeWor
         for fake in workers:
             await fake.until(lambda fake=fake: not fake.held)  # type: ignore[misc]
         app.dispatcher.check_integrity()
+
+
+async def test_stopping_fails_whatever_still_waits() -> None:
+    async with running_app() as (app, _):
+        stream = app.dispatcher.submit(Request("first", [5], SamplingParams(max_tokens=4)), timeout_s=None)
+        await app.stop(0.0)
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await asyncio.wait_for(anext(stream), WAIT_S)
 
 
 async def test_a_full_queue_is_429_and_counted() -> None:

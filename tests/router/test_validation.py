@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import InvalidRequestError, UnknownModelError
@@ -155,6 +155,7 @@ def test_a_seed_and_an_id_are_drawn_where_none_is_given() -> None:
         assert (given.sampling.seed, given.request_id) == (0, "mine")
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         SamplingFields,

@@ -106,6 +106,11 @@ def test_a_space_after_a_prompt_is_kept(sentence_piece_backend: tokenizers.Token
     assert "".join(stream(tokenizer, token_ids, [], prompt=[begin_of_text, *token_ids])) == " the"
 
 
+def test_only_the_first_space_of_a_text_is_dropped(sentence_piece_backend: tokenizers.Tokenizer) -> None:
+    tokenizer = Tokenizer(sentence_piece_backend, {})
+    assert "".join(stream(tokenizer, tokenizer.encode("the the  b"), [1] * 9)) == "the the  b"
+
+
 def test_characters_in_a_partly_valid_run_of_bytes_stay(sentence_piece_backend: tokenizers.Tokenizer) -> None:
     tokenizer = Tokenizer(sentence_piece_backend, {})
     euro = tokenizer.encode("€")[1:]

@@ -31,14 +31,14 @@ def feed(stops: list[str], deltas: list[str]) -> tuple[list[str], str | None]:
     return [*shown, matcher.flush()], None
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(deltas=st.lists(LETTERS, max_size=8), stops=STOPS)
 def test_any_deltas_are_cut_where_the_whole_text_would_be(deltas: list[str], stops: list[str]) -> None:
     shown, stop = feed(stops, deltas)
     assert ("".join(shown), stop) == naive("".join(deltas), stops)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(text=LETTERS, stops=STOPS)
 def test_only_a_possible_start_of_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
     matcher = StopMatcher(stops)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +22,7 @@ def write_config(folder: Path, **config: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_decode_undoes_encode(any_backend: tokenizers.Tokenizer, text: str) -> None:
     tokenizer = Tokenizer(any_backend, {})
