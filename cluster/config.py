@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -30,11 +30,6 @@ class PoolConfig:
     """CPUs each worker reserves in Ray."""
     num_gpus: float = 0.0
     """GPUs each worker reserves in Ray."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_workers", "num_cpus", "num_gpus"):
-            if getattr(self, name) < 0:
-                raise ConfigError(name, getattr(self, name), "must be >= 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +65,15 @@ class ClusterConfig:
         for name in ("startup_timeout_s", "drain_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(name, getattr(self, name), "must be > 0 seconds")
-        if not self.mixed.num_workers and not (self.prefill.num_workers and self.decode.num_workers):
-            workers = f"prefill {self.prefill.num_workers}, decode {self.decode.num_workers}, mixed 0"
-            raise ConfigError("num_workers", workers, "needs a prefill and a decode worker, or a mixed one")
+        for role in ("prefill", "decode", "mixed"):
+            for f in dataclasses.fields(PoolConfig):
+                if not (value := getattr(getattr(self, role), f.name)) >= 0:
+                    raise ConfigError(f"{role}.{f.name}", value, "must be >= 0")
+        for role in ("prefill", "decode"):
+            if not getattr(self, role).num_workers and not self.mixed.num_workers:
+                raise ConfigError(f"{role}.num_workers", 0, "must be >= 1, or mixed.num_workers must be")
+        if self.ray_address is not None and self.launcher != "ray":
+            raise ConfigError("ray_address", self.ray_address, f"must be left out with launcher {self.launcher!r}")
 
     @property
     def model_name(self) -> str:
@@ -82,15 +83,23 @@ class ClusterConfig:
 def load_config(path: Path) -> ClusterConfig:
     """Read `cluster.yaml`; relative `model` paths start at the file's folder. Raises ConfigError."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError("config", str(path), f"can't be read: {error.strerror}") from error
+        raise ConfigError("config", path.name, f"can't be read: {error.strerror}: {path}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(path), f"is not YAML: {' '.join(str(error).split())}") from error
-    config = parse(ClusterConfig, values)
+        raise ConfigError("config", path.name, f"is not YAML: {_problem(error)}") from error
+    config = parse(ClusterConfig, {} if values is None else values)
     if config.model.is_absolute():
         return config
     return dataclasses.replace(config, model=path.parent / config.model)
+
+
+def _problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong and where, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def parse(kind: type[T], values: object) -> T:
@@ -99,22 +108,30 @@ def parse(kind: type[T], values: object) -> T:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"]) or "config"
-        raise ConfigError(path, first["input"], first["msg"][:1].lower() + first["msg"][1:]) from error
+        first = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise ConfigError(path, None, "must be set: it has no default") from error
+        fix = first["msg"].replace("Input should be", "must be").replace("Input is", "is")
+        raise ConfigError(path, first["input"], "must be a path" if first["type"] == "path_type" else fix) from error
 
 
 def check_names(kind: type, values: object, path: str) -> None:
     """Refuse keys that are no field of the dataclass `kind`, nested ones included, and name the nearest field."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(path or "config", values, f"must be a mapping of the fields of {kind.__name__}")
     hints = get_type_hints(kind)
+    if not isinstance(values, Mapping):
+        raise ConfigError(path or "config", values, f"must be a mapping of fields; known: {', '.join(hints)}")
+    sections = {name: cast("type", hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     for key, value in values.items():
         here = f"{path}.{key}" if path else str(key)
-        if key not in hints:
-            raise ConfigError(here, value, f"is not a field; {did_you_mean(str(key), hints)}")
-        if dataclasses.is_dataclass(hints[key]):
-            check_names(cast("type", hints[key]), value, here)
+        if key in sections:
+            check_names(sections[key], value, here)
+        elif key not in hints:
+            nested = [f"{here.removesuffix(str(key))}{s}.{key}" for s in sections if key in get_type_hints(sections[s])]
+            fix = f"did you mean {nested[0]!r}?" if nested else did_you_mean(str(key), hints)
+            raise ConfigError(here, value, f"is not a field; {fix}")
+        elif isinstance(value, bool) and bool not in (hints[key], *get_args(hints[key])):  # would pass for 0 or 1
+            raise ConfigError(here, value, "must not be a boolean")
 
 
 def to_json(config: Any) -> str:
