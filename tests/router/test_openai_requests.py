@@ -72,6 +72,10 @@ def test_choices_of_one_prompt_follow_each_other_with_seeds_of_their_own() -> No
     ]
 
 
+def test_a_bad_seed_is_not_made_good() -> None:
+    assert completion(seed=-1, n=2)[0].sampling.seed == -1
+
+
 @pytest.mark.parametrize(("n", "prompt"), [(0, "a"), (-1, "a"), (129, "a"), (65, ["a", "b"])])
 def test_too_many_or_too_few_choices_are_refused(n: int, prompt: object) -> None:
     with pytest.raises(InvalidRequestError, match=r"^n: got .* at most 128"):
