@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util import get_node_ip_address
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig, from_json, to_json
@@ -24,8 +24,6 @@ from cluster.spec import Endpoints, RouterSpec, WorkerSpec
 from core.errors import UnavailableError
 
 CALL_TIMEOUT_S = 10.0
-ROUTER_CPUS = 0.01
-"""A router waits more than it computes; what it needs beside workers is for the operator to leave."""
 
 
 def drain_on_sigterm(process: Process) -> None:
@@ -92,7 +90,7 @@ class RayLauncher:
         self._router_name = f"router-{uuid.uuid4().hex}"
         self._owns_ray = config.ray_address is None
         pools = {"prefill": config.prefill, "decode": config.decode, "mixed": config.mixed}
-        num_cpus = ROUTER_CPUS + sum(pool.num_workers * pool.num_cpus for pool in pools.values())
+        num_cpus = sum(pool.num_workers * pool.num_cpus for pool in pools.values())
         local: dict[str, Any] = {
             "num_cpus": max(math.ceil(num_cpus), os.cpu_count() or 1),
             "resources": {role: pool.num_workers for role, pool in pools.items() if pool.num_workers},
@@ -107,8 +105,8 @@ class RayLauncher:
         )
 
     def start_router(self, spec: RouterSpec, deadline_s: float) -> Endpoints:
-        group = self._place("router", {"CPU": ROUTER_CPUS}, deadline_s)
-        router = self._actor(RouterActor, group, num_cpus=ROUTER_CPUS, name=self._router_name).remote(to_json(spec))
+        # no CPU of its own: it must not keep a worker from the node that has just room enough
+        router = _actor(RouterActor, num_cpus=0, name=self._router_name).remote(to_json(spec))
         self._actors["router"] = router
         try:
             return from_json(Endpoints, ray.get(router.endpoints.remote(), timeout=deadline_s))
@@ -119,9 +117,16 @@ class RayLauncher:
 
     def start_worker(self, spec: WorkerSpec) -> None:
         resources = {"CPU": spec.num_cpus, "GPU": spec.num_gpus, spec.role.value: 1.0}
-        group = self._place(spec.worker_id, {name: share for name, share in resources.items() if share}, None)
-        options = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": {spec.role.value: 1.0}}
-        worker = self._actor(WorkerActor, group, **options)
+        bundle = {name: share for name, share in resources.items() if share}
+        group: PlacementGroup = placement_group([bundle], strategy="STRICT_PACK", name=f"penstock-{spec.worker_id}")
+        self._groups[spec.worker_id] = group
+        worker = _actor(
+            WorkerActor,
+            num_cpus=spec.num_cpus,
+            num_gpus=spec.num_gpus,
+            resources={spec.role.value: 1.0},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        )
         self._actors[spec.worker_id] = worker.remote(to_json(spec), self._router_name)
 
     def stop_worker(self, worker_id: str, drain_timeout_s: float) -> None:
@@ -139,7 +144,10 @@ class RayLauncher:
                 pids[name] = ray.get(call, timeout=CALL_TIMEOUT_S)
         return pids
 
-    def failure(self) -> str | None:
+    def failure(self, *, final: bool = False) -> str | None:
+        for name, group in self._groups.items():
+            if final and placement_group_table(group)["state"] != "CREATED":
+                return f"no Ray node has {group.bundle_specs[0]} free for {name}"
         for name, actor in self._actors.items():
             try:
                 ray.get(actor.pid.remote(), timeout=0)
@@ -160,25 +168,14 @@ class RayLauncher:
         self._groups.clear()
         ray.shutdown()
 
-    def _place(self, name: str, resources: dict[str, float], deadline_s: float | None) -> PlacementGroup:
-        """A placement group of one bundle; with a deadline, wait until the resources are there."""
-        group: PlacementGroup = placement_group([resources], strategy="STRICT_PACK", name=f"penstock-{name}")
-        self._groups[name] = group
-        if deadline_s is not None and not group.wait(deadline_s):
-            raise UnavailableError(f"no Ray node with {resources} free for {name} within {deadline_s:g} s")
-        return group
 
-    def _actor(self, kind: type, group: PlacementGroup, **options: Any) -> Any:
-        return ray.remote(kind).options(
-            max_restarts=-1,
-            max_concurrency=4,  # `__init__` in the main thread, calls beside it
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-            **options,
-        )
+def _actor(kind: type, **options: Any) -> Any:
+    # `__init__` runs in the main thread, which may then handle signals; calls run beside it
+    return ray.remote(kind).options(max_restarts=-1, max_concurrency=4, **options)
 
 
 def _node_address() -> str:
-    address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+    address: str = get_node_ip_address()
     return address
 
 
