@@ -13,6 +13,8 @@ from starlette.types import ASGIApp
 from core.errors import ConfigError
 
 KEEP_ALIVE_S = 60
+MIN_GRACE_S = 0.1
+"""With less, uvicorn would report an error even where nobody is connected."""
 
 
 class HttpServer:
@@ -50,7 +52,7 @@ class HttpServer:
             self._socket.close()
             return
         # What is not over by then is cancelled by uvicorn; the second limit is for the case that this does not help.
-        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
+        self._server.config.timeout_graceful_shutdown = max(grace_s, MIN_GRACE_S)  # type: ignore[assignment]
         self._server.should_exit = True
         await asyncio.wait({self._serving}, timeout=grace_s + 1.0)
         self._serving.cancel()

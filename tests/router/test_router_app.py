@@ -19,10 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+import penstock
 from core.errors import ConfigError, UnavailableError
 from core.model_info import ModelInfo
 from core.request import Request
 from core.sampling import SamplingParams
+from penstock import AsyncClient
 from penstock.v1 import inference_pb2 as pb
 from penstock.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from router.app import RouterApp
@@ -128,6 +130,21 @@ async def test_a_prompt_goes_through_both_doors_to_both_workers_and_back(
             answer = (await http.post("/v1/completions", json=body)).json()
         assert answer["choices"][0]["text"] == tokenizer.decode(expected)
         app.dispatcher.check_integrity()
+
+
+async def test_the_sdk_reads_what_the_router_says(workers: tuple[FakeWorker, FakeWorker]) -> None:
+    tokenizer = make_tokenizer()
+    async with running_app() as (app, channel), cluster(channel, *workers):
+        async with AsyncClient(app.grpc_address, timeout_s=WAIT_S, max_retries=0) as client:
+            generation = client.generate("the pipe", max_tokens=8, ignore_eos=True, seed=7)
+            text = "".join([delta.text async for delta in generation])
+            assert text == tokenizer.decode(continuation(tokenizer.encode("the pipe"), 8))
+            assert (generation.seed, generation.finish_reason) == (7, "length")
+            with pytest.raises(penstock.InvalidRequestError, match="top_p: got 2") as invalid:
+                await client.generate("the pipe", top_p=2.0).text()
+            with pytest.raises(penstock.ModelNotFoundError, match="must be one of 'tiny'"):
+                await client.generate("the pipe", model="gpt").text()
+    assert invalid.value.field == "top_p"
 
 
 async def test_metrics_tell_of_requests_stages_and_workers(workers: tuple[FakeWorker, FakeWorker]) -> None:
