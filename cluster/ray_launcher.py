@@ -63,9 +63,10 @@ class WorkerActor:
         def router_address() -> str:
             try:
                 router = ray.get_actor(router_name)
-                return from_json(Endpoints, ray.get(router.endpoints.remote(), timeout=CALL_TIMEOUT_S)).grpc
+                endpoints: Any = ray.get(router.endpoints.remote(), timeout=CALL_TIMEOUT_S)
             except (RayError, ValueError) as error:  # ValueError: no actor of that name
                 raise ConnectionError(f"the router's actor does not answer: {error}") from error
+            return from_json(Endpoints, endpoints).grpc
 
         worker = from_json(WorkerSpec, spec)
         self._worker = WorkerProcess(replace(worker, host=worker.host or _node_address()), router_address)

@@ -136,7 +136,8 @@ class Oracle:
     """transformers in float32 on the same checkpoint."""
 
     def __init__(self) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        self._model.eval()
 
     @torch.inference_mode()
     def check_greedy(self, prompt: tuple[int, ...], output: tuple[int, ...]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import openai
 import pytest
@@ -27,20 +29,9 @@ def test_the_openai_package_completes(sdk: openai.OpenAI) -> None:
 
 
 def test_the_openai_package_chats(sdk: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "hi"}]
-    whole = sdk.chat.completions.create(
-        model="penstock-tiny",
-        messages=messages,
-        max_tokens=8,
-        temperature=0,  # type: ignore[arg-type]
-    )
-    chunks = sdk.chat.completions.create(
-        model="penstock-tiny",
-        messages=messages,
-        max_tokens=8,
-        temperature=0,
-        stream=True,  # type: ignore[arg-type]
-    )
+    chat: dict[str, Any] = {"model": "penstock-tiny", "max_tokens": 8, "temperature": 0}
+    whole = sdk.chat.completions.create(messages=[{"role": "user", "content": "hi"}], **chat)
+    chunks = sdk.chat.completions.create(messages=[{"role": "user", "content": "hi"}], stream=True, **chat)
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert whole.choices[0].message.content == streamed
     assert [model.id for model in sdk.models.list()] == ["penstock-tiny"]
