@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import grpc
-from penstock.status import DETAILS_KEY, ErrorDetails, pack_details
 
 from core.errors import ErrorCode, InvalidRequestError, OverloadedError, PenstockError, UnknownModelError
+from penstock.status import DETAILS_KEY, ErrorDetails, pack_details
 
 _log = logging.getLogger(__name__)
 

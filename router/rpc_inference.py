@@ -8,13 +8,13 @@ from typing import Any, Literal, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
-from penstock.v1 import inference_pb2 as pb
 
 from core.errors import InvalidRequestError
 from core.messages import WorkerRole
 from core.model_info import ModelInfo
 from core.request import FinishReason
 from core.stats import RequestStats
+from penstock.v1 import inference_pb2 as pb
 from router.generation import Done, Started, TextDelta
 from router.info import ClusterInfo, PairInfo, WorkerInfo
 from router.validation import Chat, GenerateInput, Prompt, SamplingFields

@@ -249,7 +249,7 @@ async def test_cancel_without_an_id_is_refused(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call_s", "request_s", "least_s", "most_s"), [(30, None, 20, 30), (30, 5, 5, 5), (5, 30, 1, 5), (None, 7, 7, 7)]
+    ("call_s", "request_s", "least_s", "most_s"), [(30, None, 20, 31), (30, 5, 5, 5), (5, 30, 1, 6), (None, 7, 7, 7)]
 )
 async def test_the_nearer_deadline_holds(
     doors: FrontDoors, stub: Stub, call_s: float | None, request_s: float | None, least_s: float, most_s: float
