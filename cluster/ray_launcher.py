@@ -62,8 +62,8 @@ class WorkerActor:
 
         def router_address() -> str:
             try:
-                router = ray.get_actor(router_name)
-                endpoints: Any = ray.get(router.endpoints.remote(), timeout=CALL_TIMEOUT_S)
+                router: Any = ray.get_actor(router_name)
+                endpoints: str = ray.get(router.endpoints.remote(), timeout=CALL_TIMEOUT_S)
             except (RayError, ValueError) as error:  # ValueError: no actor of that name
                 raise ConnectionError(f"the router's actor does not answer: {error}") from error
             return from_json(Endpoints, endpoints).grpc

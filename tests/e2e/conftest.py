@@ -137,7 +137,7 @@ class Oracle:
 
     def __init__(self) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-        self._model.eval()
+        self._model.eval()  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def check_greedy(self, prompt: tuple[int, ...], output: tuple[int, ...]) -> int:
