@@ -54,9 +54,7 @@ class Cluster:
             router = RouterSpec(
                 config.model.resolve(), config.model_name, config.engine.max_model_len, self._router(), config.log_level
             )
-            self.endpoints = self.launcher.start_router(router, deadline - time.monotonic())
-            for spec in self._workers():
-                self.launcher.start_worker(spec)
+            self.endpoints = self.launcher.start(router, self._workers(), deadline - time.monotonic())
             self._wait_until_serving(deadline)
         except BaseException:
             self.close()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import IO, Protocol
 
@@ -26,8 +27,8 @@ KILL_TIMEOUT_S = 5.0
 class Launcher(Protocol):
     """Owns the processes it started: a process that dies is started again until `stop_worker` or `close`."""
 
-    def start_router(self, spec: RouterSpec, deadline_s: float) -> Endpoints:
-        """Start the router and wait until it is bound. Raises UnavailableError with the reason."""
+    def start(self, router: RouterSpec, workers: Sequence[WorkerSpec], deadline_s: float) -> Endpoints:
+        """Start all of them and wait until the router is bound. Raises UnavailableError with the reason."""
 
     def start_worker(self, spec: WorkerSpec) -> None:
         """Start a worker; it registers with the router once it has loaded."""
@@ -55,13 +56,15 @@ class SubprocessLauncher:
         self._children: dict[str, _Child] = {}
         self._endpoints: Endpoints | None = None
 
-    def start_router(self, spec: RouterSpec, deadline_s: float) -> Endpoints:
-        child = self._children["router"] = _Child("router", ["router"], to_json(spec))
+    def start(self, router: RouterSpec, workers: Sequence[WorkerSpec], deadline_s: float) -> Endpoints:
+        child = self._children["router"] = _Child("router", ["router"], to_json(router))
         endpoints = child.endpoints(deadline_s)
         ports = [int(address.rpartition(":")[2]) for address in (endpoints.grpc, endpoints.http)]
-        fixed = replace(spec.config, grpc_port=ports[0], http_port=ports[1])  # where workers and clients look for it
-        child.spec = to_json(replace(spec, config=fixed))
+        fixed = replace(router.config, grpc_port=ports[0], http_port=ports[1])  # where workers and clients look for it
+        child.spec = to_json(replace(router, config=fixed))
         self._endpoints = endpoints
+        for worker in workers:
+            self.start_worker(worker)
         return endpoints
 
     def start_worker(self, spec: WorkerSpec) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,12 +106,13 @@ class RayLauncher:
             **(local if self._owns_ray else {}),
         )
 
-    def start_router(self, spec: RouterSpec, deadline_s: float) -> Endpoints:
+    def start(self, router: RouterSpec, workers: Sequence[WorkerSpec], deadline_s: float) -> Endpoints:
         # no CPU of its own: it must not keep a worker from the node that has just room enough
-        router = _actor(RouterActor, num_cpus=0, name=self._router_name).remote(to_json(spec))
-        self._actors["router"] = router
+        actor = self._actors["router"] = _actor(RouterActor, num_cpus=0, name=self._router_name).remote(to_json(router))
+        for worker in workers:  # they load their model while the router starts, then ask where it is
+            self.start_worker(worker)
         try:
-            return from_json(Endpoints, ray.get(router.endpoints.remote(), timeout=deadline_s))
+            return from_json(Endpoints, ray.get(actor.endpoints.remote(), timeout=deadline_s))
         except GetTimeoutError as error:
             raise UnavailableError(f"the router did not start within {deadline_s:g} s") from error
         except RayActorError as error:
