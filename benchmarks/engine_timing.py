@@ -120,12 +120,15 @@ class Bench:
         blocks = range(row * self.blocks_per_seq, (row + 1) * self.blocks_per_seq)
         return PlanEntry(str(row), tuple(token_ids), start, tuple(blocks), GREEDY)
 
+    def whole_prompt(self, row: int = 0) -> Plan:
+        return Plan((self.entry(row, self.prompt, 0),))
+
     def prefill(self) -> None:
-        self.runner.run(Plan((self.entry(0, self.prompt, 0),)))
+        self.runner.run(self.whole_prompt())
 
     def decode_steps(self, batch_size: int) -> Iterator[None]:
         """Each turn is a step of `batch_size` sequences, the first with the whole prompt before it."""
-        first = [self.runner.run(Plan((self.entry(row, self.prompt, 0),))) for row in range(batch_size)]
+        first = [self.runner.run(self.whole_prompt(row)) for row in range(batch_size)]
         tokens = {row: result.token_ids[str(row)] for row, result in enumerate(first)}
         for position in range(len(self.prompt), 2 * len(self.prompt)):
             yield

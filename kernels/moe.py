@@ -38,8 +38,8 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
     rows = x.index_select(0, order.div(top_k, rounding_mode="floor"))
     counts = flat_ids.bincount(minlength=gate_up.shape[0]).tolist()
     outputs = [_expert(part, gate_up[e], down[e]) for e, part in enumerate(torch.split(rows, counts)) if counts[e]]
-    unsorted = torch.empty_like(rows).index_copy_(0, order, torch.cat(outputs))
-    return torch.bmm(weights.to(x.dtype).unsqueeze(1), unsorted.view(num_tokens, top_k, -1)).squeeze(1)
+    unsorted = torch.cat(outputs).index_select(0, order.argsort()).view(num_tokens, top_k, -1)
+    return (unsorted * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
 
 def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
