@@ -56,8 +56,9 @@ async def test_blocks_that_a_workers_load_shows_as_taken_are_not_counted_twice(r
     async with harness(holder, *([FakeWorker("p", "prefill")] if role == "decode" else [])) as world:
         await world.until_routes(1)
         holder.pause("tokens")
-        streams = [world.submit([i] * 20, 4, request_id=f"n{i}") for i in range(2)]  # two blocks each
-        for i in range(2):
+        streams = []
+        for i in range(2):  # two blocks each
+            streams.append(world.submit([i] * 20, 4, request_id=f"n{i}"))
             await world.seen.until_event(f"n{i}", LifecycleEvent.FIRST_TOKEN)
         holder.resume("tokens")
         for stream in streams:
