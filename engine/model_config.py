@@ -12,6 +12,7 @@ from engine.checkpoint import Checkpoint
 from engine.families import FAMILIES, ExpertNames, Family, WindowRule
 from engine.json_fields import Fields, read_json
 
+MAX_VOCAB_SIZE = 2**19
 Dtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
@@ -75,20 +76,14 @@ class ModelConfig:
         fields = Fields(folder / "config.json", read_json(folder / "config.json"))
         architecture, family = _family(fields)
         _refuse_unsupported(fields, family)
-        num_heads, num_layers = fields.integer("num_attention_heads"), fields.integer("num_hidden_layers")
-        hidden_size = fields.integer("hidden_size")
-        num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
-        if num_heads % num_kv_heads:
-            raise fields.error("num_key_value_heads", f"must divide num_attention_heads ({num_heads})")
-        head_size = fields.integer("head_dim", default=hidden_size // num_heads)
-        if head_size % 2:
-            raise fields.error("head_dim", f"must be even for rotary positions, is {head_size}")
+        num_heads, num_kv_heads, head_size = _heads(fields)
+        num_layers = fields.integer("num_hidden_layers")
         attention_bias = fields.boolean("attention_bias")
         eos_token_ids, defaults = _generation(folder, fields)
         return cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden_size,
+            hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
@@ -136,12 +131,26 @@ def _family(fields: Fields) -> tuple[str, Family]:
     return str(name), FAMILIES[str(name)]
 
 
+def _heads(fields: Fields) -> tuple[int, int, int]:
+    """Number of query heads, number of KV heads, head size."""
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error("num_key_value_heads", f"must divide num_attention_heads ({num_heads})")
+    head_size = fields.integer("head_dim", default=fields.integer("hidden_size") // num_heads)
+    if head_size % 2:
+        raise fields.error("head_dim", f"must be even for rotary positions, is {head_size}")
+    return num_heads, num_kv_heads, head_size
+
+
 def _refuse_unsupported(fields: Fields, family: Family) -> None:
     """`CheckpointError` for what the engine would have to do differently."""
     if fields.get("quantization_config") is not None:
         raise fields.error("quantization_config", "but quantized checkpoints are not supported; use the original one")
     if fields.get("hidden_act") not in (None, "silu"):
         raise fields.error("hidden_act", "must be 'silu'; other activations are not supported")
+    if fields.integer("vocab_size") >= MAX_VOCAB_SIZE:
+        raise fields.error("vocab_size", f"must be below {MAX_VOCAB_SIZE}, what the sampler can sum up")
     if fields.boolean("mlp_bias"):
         raise fields.error("mlp_bias", "but biases in the MLP are not supported")
     max_position = fields.integer("max_position_embeddings")

@@ -122,6 +122,7 @@ def test_an_unknown_architecture_is_named_with_those_supported(tmp_path: Path) -
         (LLAMA, {"tie_word_embeddings": "no"}, "tie_word_embeddings: got 'no'"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias"),
+        (LLAMA, {"vocab_size": 2**19}, "vocab_size: got 524288, must be below"),
         (LLAMA, {"dtype": "float8_e4m3fn"}, "dtype: got 'float8_e4m3fn'"),
         (LLAMA, {"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints are not supported"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
