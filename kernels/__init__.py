@@ -1,1 +1,1 @@
-"""One operation a file, on tensors and ints: the torch reference, which runs on any device and judges faster kernels."""
+"""One operation a file, on tensors and ints: the torch reference, which runs on any device and judges all others."""
