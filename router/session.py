@@ -48,7 +48,7 @@ class Session:
         return cls(call, hello, config)
 
     async def close(self) -> None:
-        """For a session that is not run."""
+        """Whoever opened a session closes it."""
         await self._call.close()
 
     def send(self, *commands: Command) -> None:
@@ -67,8 +67,6 @@ class Session:
                 await self._read(deliver)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        finally:
-            await self._call.close()
 
     async def _read(self, deliver: Callable[[WorkerMessage], None]) -> None:
         dead_after_s = self._config.dead_after_s

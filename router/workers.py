@@ -217,11 +217,7 @@ class Workers:
             try:
                 session = await self._open(worker)
                 backoff_s = self._config.reconnect_backoff_s
-                self._on_connected(worker, session)
-                await session.run(
-                    lambda message: self._on_message(worker, message),
-                    lambda: self._told().live_transfer_ids(worker.incarnation),
-                )
+                await self._serve(worker, session)
             except (SessionLostError, WireError) as error:
                 if worker.problem != error.message:  # said once, not at every dial
                     logger.warning("worker %s is not connected: %s", worker.registration.worker_id, error)
@@ -234,6 +230,16 @@ class Workers:
                 return
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, self._config.max_reconnect_backoff_s)
+
+    async def _serve(self, worker: Worker, session: Session) -> None:
+        try:
+            self._on_connected(worker, session)
+            await session.run(
+                lambda message: self._on_message(worker, message),
+                lambda: self._told().live_transfer_ids(worker.incarnation),
+            )
+        finally:
+            await session.close()
 
     async def _open(self, worker: Worker) -> Session:
         registration = worker.registration

@@ -39,9 +39,13 @@ class Recorder:
         self.entries: dict[str, Entry] = {}
         self.gaps: list[tuple[int, float]] = []
         self.num_cluster_changes = 0
+        self.raise_at: LifecycleEvent | None = None  # once
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     def on_event(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None:
+        if event is self.raise_at:
+            self.raise_at = None
+            raise ZeroDivisionError("as scripted")
         self.events.append((entry.request.request_id, event))
         self.entries[entry.request.request_id] = entry
         self._wake()

@@ -249,6 +249,15 @@ async def test_a_prefill_without_a_record_is_not_handed_over() -> None:
         await world.idle()
 
 
+async def test_an_error_of_the_routers_own_costs_a_session_and_not_the_request() -> None:
+    async with pair_of_workers() as (world, prefill, _):
+        world.seen.raise_at = LifecycleEvent.FIRST_TOKEN
+        stream = world.submit(PROMPT, 6)
+        assert (await read(stream))[0] == continuation(PROMPT, 6)
+        assert prefill.num_sessions == 2
+        await world.idle()
+
+
 async def test_a_worker_that_never_confirms_is_written_off_in_time() -> None:
     async with pair_of_workers(DispatchConfig(release_timeout_s=0.1)) as (world, _, decode):
         decode.script.no_release = True
