@@ -64,7 +64,7 @@ class RouterApp:
         self._config = config
         self._model = model
         self._tokenizer = tokenizer
-        self._clock = clock
+        self._clock, self._wall_clock, self._draw_bits = clock, wall_clock, draw_bits
         self._version = installed_version("penstock-server")
         self.metrics = Metrics(model.name)
         self.workers = Workers(config.sessions, router_id=router_id, clock=clock, fingerprint=model.fingerprint or None)
@@ -82,16 +82,6 @@ class RouterApp:
             executor=self._executor,
             on_refusal=self._on_refusal,
         )
-        self._openai = OpenAIApi(
-            model=model,
-            validator=self._validator,
-            generator=self._generator,
-            dispatcher=self.dispatcher,
-            metrics=self.metrics.render,
-            wall_clock=wall_clock,
-            draw_bits=draw_bits,
-            version=self._version,
-        )
         self._grpc: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self.grpc_address = ""
@@ -100,7 +90,7 @@ class RouterApp:
     async def start(self) -> None:
         """Both servers answer when this returns. `ConfigError` where an address can't be had; nothing is left open."""
         try:
-            self._http = HttpServer(self._openai.app(), self._config.host, self._config.http_port)
+            self._http = self._bind_http()
             self._grpc = await self._start_grpc()
             await self._http.start()
         except BaseException:
@@ -118,6 +108,19 @@ class RouterApp:
         self.dispatcher.close()
         await self.workers.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _bind_http(self) -> HttpServer:
+        api = OpenAIApi(
+            model=self._model,
+            validator=self._validator,
+            generator=self._generator,
+            dispatcher=self.dispatcher,
+            metrics=self.metrics.render,
+            wall_clock=self._wall_clock,
+            draw_bits=self._draw_bits,
+            version=self._version,
+        )
+        return HttpServer(api.app(), self._config.host, self._config.http_port)
 
     async def _start_grpc(self) -> grpc.aio.Server:
         server = grpc.aio.server(options=GRPC_OPTIONS)
