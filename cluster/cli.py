@@ -29,7 +29,7 @@ class Demo:
     model: Path = EMBEDDED_MODEL
     """Folder of a Hugging Face checkpoint; by default the embedded model."""
     max_tokens: int = 96
-    temperature: float = 0.0
+    temperature: float = 0.7
     """0 is greedy."""
     seed: int = 0
     launcher: Literal["ray", "subprocess"] = "ray"
