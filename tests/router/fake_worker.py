@@ -8,11 +8,9 @@ what they ask for, and answers once resumed.
 from __future__ import annotations
 
 import asyncio
-import struct
 import uuid
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,28 +18,14 @@ import grpc.aio
 
 from penstock.v1 import inference_pb2, worker_pb2_grpc
 from penstock.v1 import worker_pb2 as pb
+from tests.router.fake_tokens import Key, failed, key_of, next_token, tokens
 
-Key = tuple[str, int]
 WAIT_S = 10.0
-VOCAB_SIZE = 50_000
-STOP_TOKEN = 50_001  # never drawn
 ROLES = {
     "prefill": inference_pb2.WORKER_ROLE_PREFILL,
     "decode": inference_pb2.WORKER_ROLE_DECODE,
     "mixed": inference_pb2.WORKER_ROLE_MIXED,
 }
-
-
-def next_token(token_ids: Sequence[int]) -> int:
-    return zlib.crc32(struct.pack(f"<{len(token_ids)}I", *token_ids)) % VOCAB_SIZE
-
-
-def continuation(prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """What any number of workers, in any number of attempts, must make of a prompt."""
-    token_ids = list(prompt)
-    for _ in range(num_tokens):
-        token_ids.append(next_token(token_ids))
-    return token_ids[len(prompt) :]
 
 
 @dataclass(eq=False)
@@ -409,16 +393,3 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def key_of(ticket: pb.Ticket) -> Key:
-    return ticket.transfer_id, ticket.attempt
-
-
-def tokens(key: Key, token_ids: Sequence[int], finish: Any = pb.ENGINE_FINISH_UNSPECIFIED) -> pb.Event:
-    sequence = pb.SequenceTokens(transfer_id=key[0], attempt=key[1], token_ids=token_ids, finish=finish)
-    return pb.Event(tokens=pb.StepTokens(sequences=[sequence]))
-
-
-def failed(key: Key, reason: str = "internal") -> pb.Event:
-    return pb.Event(failed=pb.AttemptFailed(transfer_id=key[0], attempt=key[1], reason=reason, message="as scripted"))

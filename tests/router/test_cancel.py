@@ -12,7 +12,8 @@ from core.events import LifecycleEvent
 from core.request import FinishReason
 from router.config import DispatchConfig
 from router.stream import RequestStream
-from tests.router.fake_worker import WAIT_S, FakeWorker, continuation
+from tests.router.fake_tokens import continuation
+from tests.router.fake_worker import WAIT_S, FakeWorker
 from tests.router.harness import Harness, harness, pair_of_workers, read, read_some
 
 pytestmark = pytest.mark.anyio

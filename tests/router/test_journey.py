@@ -6,7 +6,8 @@ import pytest
 
 from core.request import FinishReason
 from router.config import DispatchConfig
-from tests.router.fake_worker import FakeWorker, continuation
+from tests.router.fake_tokens import continuation
+from tests.router.fake_worker import FakeWorker
 from tests.router.harness import harness, pair_of_workers, read
 
 pytestmark = pytest.mark.anyio

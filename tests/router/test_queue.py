@@ -7,7 +7,8 @@ import pytest
 from core.errors import InvalidRequestError, OverloadedError, UnavailableError
 from core.events import LifecycleEvent
 from router.config import DispatchConfig
-from tests.router.fake_worker import FakeWorker, continuation
+from tests.router.fake_tokens import continuation
+from tests.router.fake_worker import FakeWorker
 from tests.router.harness import harness, pair_of_workers, read
 
 pytestmark = pytest.mark.anyio

@@ -9,7 +9,8 @@ from core.events import LifecycleEvent
 from core.request import FinishReason
 from penstock.v1 import worker_pb2 as pb
 from router.config import DispatchConfig
-from tests.router.fake_worker import FakeWorker, continuation, failed, key_of, tokens
+from tests.router.fake_tokens import continuation, failed, key_of, tokens
+from tests.router.fake_worker import FakeWorker
 from tests.router.harness import harness, pair_of_workers, read, read_some
 
 pytestmark = pytest.mark.anyio

@@ -30,7 +30,8 @@ from penstock.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from router.app import RouterApp
 from router.config import DispatchConfig, RouterConfig
 from tests.router import fake_worker
-from tests.router.fake_worker import WAIT_S, FakeWorker, continuation
+from tests.router.fake_tokens import continuation
+from tests.router.fake_worker import WAIT_S, FakeWorker
 from tests.router.front_doors import make_tokenizer
 from tests.router.harness import SESSIONS
 
