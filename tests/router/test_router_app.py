@@ -29,7 +29,7 @@ from penstock.v1 import inference_pb2 as pb
 from penstock.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from router.app import RouterApp
 from router.config import DispatchConfig, RouterConfig
-from tests.router import fake_worker
+from tests.router import fake_tokens, fake_worker
 from tests.router.fake_tokens import continuation
 from tests.router.fake_worker import WAIT_S, FakeWorker
 from tests.router.front_doors import make_tokenizer
@@ -107,7 +107,7 @@ async def check_health(channel: grpc.aio.Channel, service: str) -> int:
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeWorker, FakeWorker]:
     """A pair that draws tokens of our small vocabulary."""
-    monkeypatch.setattr(fake_worker, "VOCAB_SIZE", make_tokenizer().vocab_size)
+    monkeypatch.setattr(fake_tokens, "VOCAB_SIZE", make_tokenizer().vocab_size)
     return FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode")
 
 
