@@ -35,12 +35,15 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def be_a_good_neighbour() -> None:
-    """Let OpenMP's threads sleep while they wait, not spin: workers of a host share its cores. Before torch is loaded.
+def prepare_for_torch() -> None:
+    """What torch reads when it is loaded. A user's own settings win.
 
-    On two cores with one of them busy, two spinning threads took ten times as long for a token.
+    OpenMP's threads sleep while they wait, for workers of a host share its cores: on two cores with one of them busy,
+    two spinning threads took ten times as long for a token. And a peer that dies is news for our log, in one line; the
+    C++ stack that torch would print belongs to nobody's fault.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def run(process: Process) -> int:
@@ -77,7 +80,7 @@ def start(arguments: list[str], spec: str) -> tuple[Started, Process]:
             router = RouterProcess(from_json(RouterSpec, spec), node_host="127.0.0.1")
             return Started(router.start()), router
         case ["worker", address]:
-            be_a_good_neighbour()
+            prepare_for_torch()
             from cluster.worker_process import WorkerProcess
 
             worker = WorkerProcess(from_json(WorkerSpec, spec), router_address=lambda: address)

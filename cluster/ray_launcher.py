@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig, from_json, to_json
-from cluster.process import Process, be_a_good_neighbour
+from cluster.process import Process, prepare_for_torch
 from cluster.spec import Endpoints, RouterSpec, WorkerSpec
 from core.errors import UnavailableError
 
@@ -59,7 +59,7 @@ class WorkerActor:
     """A worker in an actor: started again by Ray, it loads and registers anew."""
 
     def __init__(self, spec: str, router_name: str) -> None:
-        be_a_good_neighbour()
+        prepare_for_torch()
         from cluster.worker_process import WorkerProcess
 
         def router_address() -> str:
