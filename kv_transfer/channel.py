@@ -1,20 +1,20 @@
-"""The two ends of a channel: a thread each, staging of their own, and nothing else shared."""
+"""The two ends of a channel: a thread each, staging of its own, and nothing else shared."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from core.clock import Clock
-from core.errors import TransferError
+from core.errors import IntegrityError, TransferError
 from core.ticket import AttemptKey
 from kv_transfer.config import TransferConfig
-from kv_transfer.frame import FRAME_BYTES, MAX_SEGMENTS, Entry, Frame, FrameKind, pack, unpack
+from kv_transfer.frame import FRAME_BYTES, Entry, Frame, FrameKind, pack, unpack
+from kv_transfer.outbox import Outbox, Outgoing
 from kv_transfer.transport import Transport
 
 OnSent = Callable[[AttemptKey, int, float, float], None]
@@ -22,191 +22,125 @@ OnSent = Callable[[AttemptKey, int, float, float], None]
 OnSegment = Callable[[Entry, Tensor], None]
 """A segment and its payload: 1-D uint8, in staging that is used again after the call."""
 OnDown = Callable[[str], None]
-"""The channel has ended by itself, with the reason. Called once, by the channel's thread."""
+"""The channel has ended, with the reason. Called once, by the channel's thread."""
 
 
-@dataclass(slots=True)
-class Outgoing:
-    """A segment on its way out. Owned by the channel from `put` until it has left or is dropped."""
+class Channel(ABC):
+    """One end: a thread that runs until it is closed, the peer goes, or it fails; then `on_down` is called.
 
-    entry: Entry
-    payload: Tensor
-    ready: torch.cuda.Event | None = None
+    However the thread ends, it breaks the connection, so that neither end outlives the other.
+    """
+
+    def __init__(self, name: str, transport: Transport, config: TransferConfig, on_down: OnDown) -> None:
+        self._transport, self._config, self._on_down = transport, config, on_down
+        self._closed = threading.Event()
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def close(self) -> None:
+        """End at once, from any thread; returns without waiting for it."""
+        self._closed.set()
+        self._transport.abort()
+
+    def _run(self) -> None:
+        reason = (
+            "the channel's thread failed"  # stands where anything but a TransferError ends it: a bug, shown as such
+        )
+        try:
+            reason = self._carry()
+        except TransferError as error:
+            reason = str(error)
+        finally:
+            self.close()
+            self._on_down(reason)
+
+    @abstractmethod
+    def _carry(self) -> str:
+        """The thread's work; returns the reason of an orderly end."""
 
 
-class SendChannel:
+class SendChannel(Channel):
     """The sending end. `put` and `drop` may be called from any thread.
 
-    Segments leave in the order they came; those that wait together leave together. With nothing to say, the channel
-    says that it lives, so that its peer can tell silence from death.
+    With nothing to send it says that it lives, so that its peer can tell silence from death. Nothing leaves unless
+    the peer takes it, so a peer that does not is noticed as soon.
     """
 
     def __init__(
         self,
+        name: str,
         transport: Transport,
-        identity: bytes,
         config: TransferConfig,
         clock: Clock,
         on_sent: OnSent,
         on_down: OnDown,
     ) -> None:
-        self._transport, self._identity, self._config, self._clock = transport, identity, config, clock
-        self._on_sent, self._on_down = on_sent, on_down
-        self._changed = threading.Condition()
-        self._queue: deque[Outgoing] = deque()
-        self._num_queued_bytes = 0
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="kv-send", daemon=True)
+        super().__init__(f"kv-send-{name}", transport, config, on_down)
+        self._clock, self._on_sent = clock, on_sent
+        self._outbox = Outbox(config.max_staging_bytes, config.coalesce_bytes)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def put(self, outgoing: Outgoing, timeout_s: float) -> bool:
-        """Queue a segment; waits while `max_staging_bytes` are queued. False where it closed or time ran out."""
-        num_bytes = outgoing.entry.record.num_bytes
-        with self._changed:
-
-            def has_room() -> bool:
-                room = self._config.max_staging_bytes - self._num_queued_bytes
-                return self._closed or not self._queue or num_bytes <= room
-
-            if not self._changed.wait_for(has_room, timeout_s) or self._closed:
-                return False
-            self._queue.append(outgoing)
-            self._num_queued_bytes += num_bytes
-            self._changed.notify_all()
-        return True
+    def put(self, outgoing: Outgoing, wanted: Callable[[], bool]) -> bool:
+        """Queue a segment; waits while staging is full, for `silence_timeout_s` at most. False: it was not queued."""
+        return self._outbox.put(outgoing, self._config.silence_timeout_s, wanted)
 
     def drop(self, key: AttemptKey) -> None:
         """Forget what is queued of an attempt. What is leaving right now still leaves."""
-        with self._changed:
-            self._queue = deque(outgoing for outgoing in self._queue if outgoing.entry.key != key)
-            self._num_queued_bytes = sum(outgoing.entry.record.num_bytes for outgoing in self._queue)
-            self._changed.notify_all()
+        self._outbox.drop(key)
 
-    def close(self, timeout_s: float) -> None:
-        """Say goodbye and end; what is queued does not leave. `on_down` is not called."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._transport.abort()
+    def close(self) -> None:
+        self._outbox.close()
+        super().close()
 
-    def _run(self) -> None:
-        try:
-            self._send_frame(Frame(FrameKind.HELLO, identity=self._identity))
-            while (batch := self._next_batch()) is not None:
-                if batch:
-                    self._send(batch)
-                else:
-                    self._send_frame(Frame(FrameKind.KEEPALIVE))
-            self._send_frame(Frame(FrameKind.BYE))
-        except TransferError as error:
-            with self._changed:
-                was_closed, self._closed = self._closed, True
-                self._queue.clear()
-                self._changed.notify_all()
-            if not was_closed:
-                self._on_down(str(error))
-        finally:
-            self._transport.abort()
-
-    def _next_batch(self) -> list[Outgoing] | None:
-        """Segments to send together; none when it is time for a sign of life; None at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed, self._config.keepalive_s)
-            if self._closed:
-                return None
-            batch: list[Outgoing] = []
-            num_bytes = 0
-            while self._queue and len(batch) < MAX_SEGMENTS:
-                num_bytes += self._queue[0].entry.record.num_bytes
-                if batch and num_bytes > self._config.coalesce_bytes:
-                    break
-                batch.append(self._queue.popleft())
-            return batch
+    def _carry(self) -> str:
+        while (batch := self._outbox.take(self._config.keepalive_s)) is not None:
+            if batch:
+                self._send(batch)
+            else:
+                send_frame(self._transport, Frame(FrameKind.KEEPALIVE), self._config.silence_timeout_s)
+        return "closed"
 
     def _send(self, batch: list[Outgoing]) -> None:
-        started_at = self._clock()
-        for outgoing in batch:
-            if outgoing.ready is not None:
-                outgoing.ready.synchronize()
+        timeout_s, started_at = self._config.silence_timeout_s, self._clock()
         parts = [outgoing.payload.to(self._transport.payload_device) for outgoing in batch]
         payload = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._send_frame(Frame(FrameKind.SEGMENTS, tuple(outgoing.entry for outgoing in batch)))
-        self._transport.send_payload(payload, self._config.silence_timeout_s)
+        frame = Frame(FrameKind.SEGMENTS, tuple(outgoing.entry for outgoing in batch))
+        if payload.numel() != frame.num_payload_bytes:  # gloo ends the peer's process where more comes than it expects
+            raise IntegrityError(f"{payload.numel()} bytes of payload, {frame.num_payload_bytes} announced")
+        send_frame(self._transport, frame, timeout_s)
+        self._transport.send_payload(payload, timeout_s)
         sent_at = self._clock()
-        with self._changed:
-            self._num_queued_bytes = sum(outgoing.entry.record.num_bytes for outgoing in self._queue)
-            self._changed.notify_all()
+        self._outbox.sent(batch)
         for outgoing in batch:
-            num_bytes = outgoing.entry.record.num_bytes
-            share = (sent_at - started_at) * num_bytes / max(1, payload.numel())
-            self._on_sent(outgoing.entry.key, num_bytes, share, sent_at)
-
-    def _send_frame(self, frame: Frame) -> None:
-        data = torch.frombuffer(bytearray(pack(frame)), dtype=torch.uint8)
-        self._transport.send_frame(data, self._config.silence_timeout_s)
+            share = (sent_at - started_at) * outgoing.num_bytes / payload.numel()
+            self._on_sent(outgoing.entry.key, outgoing.num_bytes, share, sent_at)
 
 
-class ReceiveChannel:
+class ReceiveChannel(Channel):
     """The receiving end: takes what comes into staging of its own, and hands it on. Never touches a block itself."""
 
     def __init__(
-        self,
-        transport: Transport,
-        identity: bytes,
-        config: TransferConfig,
-        on_up: Callable[[], None],
-        on_segment: OnSegment,
-        on_down: OnDown,
+        self, name: str, transport: Transport, config: TransferConfig, on_segment: OnSegment, on_down: OnDown
     ) -> None:
-        self._transport, self._identity, self._config = transport, identity, config
-        self._on_up, self._on_segment, self._on_down = on_up, on_segment, on_down
-        self._closed = threading.Event()
-        self._frame = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        super().__init__(f"kv-receive-{name}", transport, config, on_down)
+        self._on_segment = on_segment
         self._staging = torch.empty(0, dtype=torch.uint8, device=transport.payload_device)
-        self._thread = threading.Thread(target=self._run, name="kv-receive", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self, timeout_s: float) -> None:
-        """End at the next frame, a sign of life at the latest. `on_down` is not called."""
-        self._closed.set()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._transport.abort()
-
-    def _run(self) -> None:
-        reason = "the peer closed the channel"
-        try:
-            self._expect_hello()
-            self._on_up()
-            while not self._closed.is_set() and (frame := self._receive_frame()).kind is not FrameKind.BYE:
-                if frame.kind is FrameKind.SEGMENTS:
-                    self._receive_segments(frame)
-        except TransferError as error:
-            reason = str(error)
-        finally:
-            self._transport.abort()
-        if not self._closed.is_set():
-            self._on_down(reason)
-
-    def _expect_hello(self) -> None:
-        hello = self._receive_frame()
-        if hello.kind is not FrameKind.HELLO or hello.identity != self._identity:
-            raise TransferError("pair_down", "the peer is not the one that the router named")
-
-    def _receive_frame(self) -> Frame:
-        self._transport.receive_frame(self._frame, self._config.silence_timeout_s)
-        return unpack(self._frame.numpy().tobytes())
+    def _carry(self) -> str:
+        while True:
+            frame = receive_frame(self._transport, self._config.silence_timeout_s)
+            if frame.kind is FrameKind.SEGMENTS:
+                self._receive_segments(frame)
+            elif frame.kind is not FrameKind.KEEPALIVE:
+                raise TransferError("corrupt_frame", f"a frame of kind {frame.kind.name} in the middle")
 
     def _receive_segments(self, frame: Frame) -> None:
         num_bytes = frame.num_payload_bytes
-        if num_bytes > self._config.max_staging_bytes:
-            raise TransferError("corrupt_frame", f"a message of {num_bytes} bytes, more than staging may take")
         if num_bytes > self._staging.numel():
             self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._transport.payload_device)
         payload = self._staging[:num_bytes]
@@ -216,3 +150,14 @@ class ReceiveChannel:
             end = offset + entry.record.num_bytes
             self._on_segment(entry, payload[offset:end])
             offset = end
+
+
+def send_frame(transport: Transport, frame: Frame, timeout_s: float) -> None:
+    transport.send_frame(torch.frombuffer(bytearray(pack(frame)), dtype=torch.uint8), timeout_s)
+
+
+def receive_frame(transport: Transport, timeout_s: float) -> Frame:
+    """Raises TransferError `pair_down` or `corrupt_frame`."""
+    data = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+    transport.receive_frame(data, timeout_s)
+    return unpack(data.numpy().tobytes())

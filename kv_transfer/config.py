@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from core.errors import ConfigError
+from kv_transfer.frame import MAX_PAYLOAD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,16 @@ class TransferConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "backend" and not value > 0:
-                raise ConfigError(f"transfer.{f.name}", value, "must be > 0")
+            if f.name != "backend" and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"transfer.{f.name}", value, "must be a finite number > 0")
+        if self.backend not in ("auto", "gloo", "nccl"):
+            raise ConfigError("transfer.backend", self.backend, "must be one of 'auto', 'gloo', 'nccl'")
         if self.silence_timeout_s <= self.keepalive_s:
             raise ConfigError(
                 "transfer.silence_timeout_s", self.silence_timeout_s, f"must be > keepalive_s = {self.keepalive_s:g}"
             )
+        if self.coalesce_bytes > MAX_PAYLOAD_BYTES:
+            raise ConfigError("transfer.coalesce_kib", self.coalesce_kib, f"must be <= {MAX_PAYLOAD_BYTES >> 10}")
 
     @property
     def max_staging_bytes(self) -> int:

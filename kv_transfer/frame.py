@@ -13,20 +13,22 @@ from core.ticket import AttemptKey, Segment, SegmentRecord
 FRAME_BYTES = 4096
 MAGIC = b"PSTK"
 VERSION = 1
+MAX_PAYLOAD_BYTES = 16 << 20
+"""Of one message, so of one segment too: what a receiver's staging may take, and what a cancel may wait behind."""
+MAX_TRANSFER_ID_BYTES = 32
 _PREAMBLE = struct.Struct("<4sHHHxxQ16s")  # magic, version, kind, count, payload bytes, identity
 _ENTRY = struct.Struct("<32sIIIIIIIIQQ")  # transfer id, attempt, segment (7 fields), payload bytes, checksum
 _CRC = struct.Struct("<I")
+_ALIGNMENT = 4  # bytes: a segment holds K and V, so an even number of elements of 2 bytes or more
 MAX_SEGMENTS = (FRAME_BYTES - _PREAMBLE.size - _CRC.size) // _ENTRY.size
 
 
 class FrameKind(IntEnum):
     HELLO = 1
-    """The first frame: `identity` says for which pair and layout."""
+    """The first frame each way: `identity` says for which pair, epoch and layout."""
     SEGMENTS = 2
     """A message of payload follows."""
     KEEPALIVE = 3
-    BYE = 4
-    """The sender closes the channel in order."""
 
 
 _KINDS = frozenset(map(int, FrameKind))  # before Python 3.12 an int can't be looked up in an enum
@@ -51,6 +53,14 @@ class Frame:
         return sum(entry.record.num_bytes for entry in self.entries)
 
 
+def check_transfer_id(transfer_id: str) -> None:
+    """TransferError `invalid_ticket` where the id has no place in a frame."""
+    if not (transfer_id.isascii() and transfer_id.isprintable() and 0 < len(transfer_id) <= MAX_TRANSFER_ID_BYTES):
+        raise TransferError(
+            "invalid_ticket", f"transfer id {transfer_id!r} must be 1 to {MAX_TRANSFER_ID_BYTES} ASCII characters"
+        )
+
+
 def pack(frame: Frame) -> bytes:
     """`FRAME_BYTES` bytes, the last four a CRC-32 of the others."""
     head = _PREAMBLE.pack(MAGIC, VERSION, frame.kind, len(frame.entries), frame.num_payload_bytes, frame.identity)
@@ -67,8 +77,10 @@ def unpack(data: bytes) -> Frame:
         raise TransferError("corrupt_frame", f"a frame of version {version}, kind {kind}, {count} segments")
     entries = tuple(_unpack_entry(data, _PREAMBLE.size + i * _ENTRY.size) for i in range(count))
     frame = Frame(FrameKind(kind), entries, identity)
-    if frame.num_payload_bytes != num_payload_bytes:
-        raise TransferError("corrupt_frame", f"a frame announces {num_payload_bytes} bytes and lists others")
+    if frame.num_payload_bytes != num_payload_bytes or num_payload_bytes > MAX_PAYLOAD_BYTES:
+        raise TransferError("corrupt_frame", f"a frame announces {num_payload_bytes} bytes of payload")
+    if any(entry.record.num_bytes % _ALIGNMENT for entry in entries):
+        raise TransferError("corrupt_frame", "a frame lists a segment of broken size")
     return frame
 
 

@@ -1,14 +1,22 @@
-"""Who holds blocks for which attempt, for how long, and in which state. Pure: time comes in as an argument."""
+"""Who holds blocks for which attempt, for how long, and in which state. Pure: time comes in as an argument.
+
+The contract: the blocks of an attempt belong to the worker half that opened its holding, from `Ledger.open` until it
+lets go of them, whatever happened in between. The KV plane touches them only while the holding is live: the sender
+reads them inside `push`, the receiver writes them while segments come. From DRAINING on it touches nothing, and says
+so once; `Ledger.close` ends the holding when the half has dropped its attempt.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from core.errors import IntegrityError, TransferError
 from core.ticket import AttemptKey, Ticket
+from kv_transfer.config import TransferConfig
 
 
 class SendState(Enum):
@@ -32,7 +40,8 @@ class ReceiveState(Enum):
 
     ```
     RESERVED (blocks held) ──▶ ACCEPTED (record known, segments missing) ──▶ RUNNING ──▶ RELEASED
-       └──────────────────────────┴──▶ DRAINING (late segments are discarded) ──▶ RELEASED
+       └──────────────────────────┴──▶ DRAINING (late segments are discarded) ◀──┘
+                                          └──▶ RELEASED
     ```
     """
 
@@ -43,110 +52,164 @@ class ReceiveState(Enum):
     RELEASED = "released"
 
 
-State = TypeVar("State", SendState, ReceiveState)
+State = TypeVar("State", bound=SendState | ReceiveState)
 
-_SEND = {
+_NEXT: dict[SendState | ReceiveState, set[SendState | ReceiveState]] = {
     SendState.QUEUED: {SendState.PREFILLING, SendState.DRAINING, SendState.RELEASED},
     SendState.PREFILLING: {SendState.COMMITTED, SendState.DRAINING, SendState.RELEASED},
     SendState.COMMITTED: {SendState.DRAINING, SendState.RELEASED},
     SendState.DRAINING: {SendState.RELEASED},
-    SendState.RELEASED: set[SendState](),
-}
-_RECEIVE = {
+    SendState.RELEASED: set(),
     ReceiveState.RESERVED: {ReceiveState.ACCEPTED, ReceiveState.DRAINING, ReceiveState.RELEASED},
     ReceiveState.ACCEPTED: {ReceiveState.RUNNING, ReceiveState.DRAINING, ReceiveState.RELEASED},
     ReceiveState.RUNNING: {ReceiveState.DRAINING, ReceiveState.RELEASED},
     ReceiveState.DRAINING: {ReceiveState.RELEASED},
-    ReceiveState.RELEASED: set[ReceiveState](),
+    ReceiveState.RELEASED: set(),
 }
-_UNTIMED = (ReceiveState.RUNNING, SendState.DRAINING, ReceiveState.DRAINING)
-_QUEUED = (SendState.QUEUED, ReceiveState.RESERVED)
+_UNTIMED = {ReceiveState.RUNNING, SendState.DRAINING, ReceiveState.DRAINING, SendState.RELEASED, ReceiveState.RELEASED}
+_QUEUED = {SendState.QUEUED, ReceiveState.RESERVED}
+_DRAINING = {SendState.DRAINING, ReceiveState.DRAINING}
+_RELEASED = {SendState.RELEASED, ReceiveState.RELEASED}
+MAX_FENCES = 1 << 16
+"""Transfers whose latest attempt a ledger remembers."""
 
 
-@dataclass(slots=True)
 class Holding(Generic[State]):
-    """One attempt's claim on blocks. `progress_deadline` is None in states that may last."""
+    """One attempt's claim on blocks: a lease, renewed by the router's heartbeats, and mostly a progress deadline.
 
-    ticket: Ticket
-    state: State
-    lease_expires_at: float
-    progress_deadline: float | None
-
-
-class Holdings(Generic[State]):
-    """The claims of one side of a worker.
-
-    Each has a lease, renewed by the router's heartbeats, and in most states a progress deadline, moved on by progress:
-    a router that lives can't keep a dead transfer, and a dead router can't keep anything. Expiry frees nothing by
-    itself: the worker asks for what has `expired` and drops it.
+    A router that lives can't keep a dead transfer, and a dead router can't keep anything. `progress_deadline` is None
+    where a state may last: while running, while draining, and always for a local attempt.
     """
 
-    def __init__(self, *, lease_s: float, progress_timeout_s: float, queue_timeout_s: float) -> None:
-        self._lease_s, self._progress_timeout_s, self._queue_timeout_s = lease_s, progress_timeout_s, queue_timeout_s
-        self._holdings: dict[AttemptKey, Holding[State]] = {}
+    def __init__(self, ticket: Ticket, state: State, limits: TransferConfig, now: float) -> None:
+        self.ticket, self._limits = ticket, limits
+        self.state: State = state
+        self.lease_expires_at = now + limits.lease_s
+        self.progress_deadline = self._deadline(now)
 
-    def __contains__(self, key: AttemptKey) -> bool:
-        return key in self._holdings
+    @property
+    def live(self) -> bool:
+        """Neither draining nor released: its blocks may be touched."""
+        return self.state not in _DRAINING and self.state not in _RELEASED
 
-    def __getitem__(self, key: AttemptKey) -> Holding[State]:
-        return self._holdings[key]
+    def advance(self, state: State, now: float) -> None:
+        """Move to `state`; `IntegrityError` where the automaton has no such edge."""
+        if state not in _NEXT[self.state]:
+            raise IntegrityError(f"transfer {self.ticket.key}: no way from {self.state.name} to {state.name}")
+        self.state = state
+        self.progress_deadline = self._deadline(now)
+
+    def drain(self, now: float) -> None:
+        """Its blocks are not touched any more; idempotent."""
+        if self.live:
+            self.advance(cast("State", type(self.state).DRAINING), now)
+
+    def progressed(self, now: float) -> None:
+        """A segment was sent or has come: a transfer that was queued no longer is."""
+        if self.progress_deadline is not None:
+            self.progress_deadline = now + self._limits.progress_timeout_s
+
+    def limit(self, deadline: float) -> None:
+        """Bring the progress deadline forward."""
+        if self.progress_deadline is None or deadline < self.progress_deadline:
+            self.progress_deadline = deadline
+
+    def renew(self, now: float) -> None:
+        """The router still wants it. What has expired stays so."""
+        if self.expired(now) is None:
+            self.lease_expires_at = now + self._limits.lease_s
+
+    def expired(self, now: float) -> str | None:
+        """`lease_expired` or `progress_deadline`, or None."""
+        if self.state in _RELEASED:
+            return None
+        if now >= self.lease_expires_at:
+            return "lease_expired"
+        if self.progress_deadline is not None and now >= self.progress_deadline:
+            return "progress_deadline"
+        return None
+
+    def _deadline(self, now: float) -> float | None:
+        if self.state in _UNTIMED or self.ticket.local:
+            return None
+        limits = self._limits
+        return now + (limits.queue_timeout_s if self.state in _QUEUED else limits.progress_timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened(Generic[State]):
+    """A new holding, and the older attempt's that it fenced."""
+
+    holding: Holding[State]
+    fenced: Holding[State] | None
+
+
+class Ledger(Generic[State]):
+    """The holdings of one side of a worker; at most one attempt of a transfer, the latest, is live.
+
+    Not thread-safe: its owner locks. Attempts that are over stay over: their latest number is remembered.
+    """
+
+    def __init__(self, limits: TransferConfig) -> None:
+        self._limits = limits
+        self._holdings: dict[str, Holding[State]] = {}  # by transfer id
+        self._fences: OrderedDict[str, int] = OrderedDict()  # transfer id to its latest attempt, oldest first
 
     def __len__(self) -> int:
         return len(self._holdings)
 
-    def open(self, ticket: Ticket, state: State, now: float) -> Holding[State]:
-        """Begin a claim. Raises TransferError `stale_attempt` where a later attempt of the transfer is known."""
-        for transfer_id, attempt in self._holdings:
-            if transfer_id == ticket.transfer_id and attempt >= ticket.attempt:
-                raise TransferError("stale_attempt", f"attempt {ticket.attempt} comes after attempt {attempt}")
-        holding = Holding(ticket, state, now + self._lease_s, self._deadline(state, now))
-        self._holdings[ticket.key] = holding
-        return holding
+    def open(self, ticket: Ticket, state: State, now: float) -> Opened[State]:
+        """Begin a holding, and fence any older attempt: from now on it drains, and is not found any more.
 
-    def advance(self, key: AttemptKey, state: State, now: float) -> None:
-        """Move to `state`; `IntegrityError` where the automaton has no such edge."""
-        holding = self._holdings[key]
-        if state not in _next(holding.state):
-            raise IntegrityError(f"transfer {key}: no way from {holding.state.name} to {state.name}")
-        holding.state = state
-        holding.progress_deadline = self._deadline(state, now)
+        Raises TransferError `stale_attempt` where this attempt or a later one of the transfer has been seen.
+        """
+        transfer_id, latest = ticket.transfer_id, self._fences.get(ticket.transfer_id)
+        if latest is not None and ticket.attempt <= latest:
+            raise TransferError("stale_attempt", f"attempt {ticket.attempt} comes after attempt {latest}")
+        self._fences[transfer_id] = ticket.attempt
+        self._fences.move_to_end(transfer_id)
+        while len(self._fences) > MAX_FENCES:
+            self._fences.popitem(last=False)
+        if fenced := self._holdings.get(transfer_id):
+            fenced.drain(now)
+        holding = self._holdings[transfer_id] = Holding(ticket, state, self._limits, now)
+        return Opened(holding, fenced)
 
-    def progressed(self, key: AttemptKey, now: float) -> None:
-        """A segment was sent or has come."""
-        holding = self._holdings[key]
-        holding.progress_deadline = self._deadline(holding.state, now)
+    def find(self, key: AttemptKey) -> Holding[State] | None:
+        """None for an attempt that is unknown, fenced or over."""
+        holding = self._holdings.get(key[0])
+        return holding if holding is not None and holding.ticket.key == key else None
 
-    def limit(self, key: AttemptKey, deadline: float) -> None:
-        """Bring the progress deadline forward."""
-        holding = self._holdings[key]
-        if holding.progress_deadline is None or deadline < holding.progress_deadline:
-            holding.progress_deadline = deadline
+    def close(self, key: AttemptKey) -> None:
+        """End a holding; idempotent, legal in every state."""
+        if self.find(key) is not None:
+            del self._holdings[key[0]]
 
     def renew(self, transfer_ids: Iterable[str], now: float) -> None:
-        wanted = set(transfer_ids)
-        for (transfer_id, _), holding in self._holdings.items():
-            if transfer_id in wanted:
-                holding.lease_expires_at = now + self._lease_s
+        for transfer_id in transfer_ids:
+            if holding := self._holdings.get(transfer_id):
+                holding.renew(now)
 
-    def expired(self, now: float) -> list[tuple[AttemptKey, str]]:
-        """Claims that have ended, with `lease_expired` or `progress_deadline`."""
+    def check_integrity(self, keys: Iterable[AttemptKey]) -> None:
+        """`IntegrityError` unless exactly the attempts `keys` have holdings, each the latest of its transfer."""
+        held, expected = {holding.ticket.key for holding in self._holdings.values()}, set(keys)
+        if held != expected:
+            raise IntegrityError(f"held without a transfer: {held - expected}; not held: {expected - held}")
+        for transfer_id, attempt in held:
+            if self._fences.get(transfer_id, attempt) != attempt:
+                raise IntegrityError(f"transfer {transfer_id}: attempt {attempt} is held, and is not the latest")
+
+    def expired(self, now: float) -> list[tuple[Holding[State], str]]:
+        """Live holdings whose time is up, with the reason.
+
+        Those that drain have been told already; they are closed when nobody has done so within their lease.
+        """
         found = []
-        for key, holding in self._holdings.items():
-            if now >= holding.lease_expires_at:
-                found.append((key, "lease_expired"))
-            elif holding.progress_deadline is not None and now >= holding.progress_deadline:
-                found.append((key, "progress_deadline"))
+        for holding in list(self._holdings.values()):
+            if (reason := holding.expired(now)) is None:
+                continue
+            if holding.live:
+                found.append((holding, reason))
+            else:
+                self.close(holding.ticket.key)
         return found
-
-    def close(self, key: AttemptKey) -> Holding[State] | None:
-        """End a claim; idempotent."""
-        return self._holdings.pop(key, None)
-
-    def _deadline(self, state: State, now: float) -> float | None:
-        if state in _UNTIMED:
-            return None
-        return now + (self._queue_timeout_s if state in _QUEUED else self._progress_timeout_s)
-
-
-def _next(state: SendState | ReceiveState) -> Iterable[SendState | ReceiveState]:
-    return _SEND[state] if isinstance(state, SendState) else _RECEIVE[state]

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import socket
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from core.clock import Clock
@@ -19,30 +15,23 @@ from core.errors import TransferError
 from core.kv_layout import KVLayout
 from core.messages import Connect, PairDown, PairUp
 from core.ticket import AttemptKey, Ticket
-from kv_transfer.channel import ReceiveChannel, SendChannel
+from kv_transfer.channel import Channel, ReceiveChannel, SendChannel, receive_frame, send_frame
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
-from kv_transfer.frame import Entry
-from kv_transfer.transport import RECEIVER, SENDER, ProcessGroupTransport, Transport, dist
+from kv_transfer.frame import Entry, Frame, FrameKind
+from kv_transfer.transport import RECEIVER, SENDER, Rendezvous, Transport
 
 log = logging.getLogger(__name__)
 
+CLOSE_TIMEOUT_S = 2.0
+"""How long `close` waits for threads, all together."""
+
 PairKey = tuple[str, str]
 """Incarnations of the prefill and the decode worker."""
-MakeTransport = Callable[[Connect, int], Transport]
-"""`(connect, rank)`: blocks until the peer has joined; TransferError where it does not."""
-
-
-@dataclass(slots=True)
-class _Pair:
-    connect: Connect
-    channel: SendChannel | ReceiveChannel | None = None
-    outcome: PairUp | PairDown | None = None  # None: still connecting
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class PairListener(Protocol):
-    """Who is told of segments and ends; called by channel threads."""
+    """Who is told of segments and ends; called by channel threads, and by whoever replaces or closes a channel."""
 
     def on_sent(self, key: AttemptKey, num_bytes: int, seconds: float, at: float) -> None: ...
 
@@ -51,64 +40,76 @@ class PairListener(Protocol):
     def on_pair_down(self, pair: PairKey, epoch: int, reason: str) -> None: ...
 
 
+@dataclass(slots=True, eq=False)
+class _Link:
+    """One epoch of a pair. `outcome` is None while it is made; PairDown is the end of it."""
+
+    connect: Connect
+    outcome: PairUp | PairDown | None = None
+    channel: Channel | None = None
+    threads: list[threading.Thread] = field(default_factory=list)
+
+    @property
+    def key(self) -> PairKey:
+        return self.connect.prefill_incarnation, self.connect.decode_incarnation
+
+    @property
+    def name(self) -> str:
+        return f"{self.connect.prefill_incarnation[:8]}-{self.connect.decode_incarnation[:8]}-{self.connect.epoch}"
+
+
 class Pairs:
-    """Owns the store where others meet this worker, and every channel. Thread-safe.
+    """Owns every channel of a worker. Thread-safe.
 
     A pair has one live epoch. A Connect with a later one replaces it, one with an earlier one is refused, the same
-    again only repeats the outcome. A channel that ends takes its transfers with it and no others.
+    again only repeats the outcome. A channel that ends takes its transfers with it and no others, and is told by one
+    PairDown.
     """
 
     def __init__(
         self,
         incarnation: str,
         layout: KVLayout,
-        host: str,
-        device: torch.device,
+        rendezvous: Rendezvous,
         config: TransferConfig,
         clock: Clock,
         notify: Notify,
         listener: PairListener,
-        make_transport: MakeTransport | None = None,
     ) -> None:
-        self._incarnation, self._layout, self._host, self._device = incarnation, layout, host, device
+        self._incarnation, self._layout, self._rendezvous = incarnation, layout, rendezvous
         self._config, self._clock, self._notify, self._listener = config, clock, notify, listener
-        self._make_transport = make_transport or self._process_group
         self._lock = threading.Lock()
-        self._pairs: dict[PairKey, _Pair] = {}
+        self._links: dict[PairKey, _Link] = {}
         self._closed = False
-        with socket.create_server((host, 0), backlog=64) as server:
-            port = server.getsockname()[1]
-            timeout = timedelta(seconds=config.connect_timeout_s)
-            # the store takes over the socket: bound to `host` alone, where it would bind to everything by itself
-            self._store = dist.TCPStore(
-                host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=server.detach()
-            )
-        self.address = f"{host}:{port}"
+
+    @property
+    def address(self) -> str:
+        return self._rendezvous.address
 
     def connect(self, connect: Connect) -> None:
         """Build the channel of a pair in the background; PairUp or PairDown tells the outcome. Returns at once."""
-        key = (connect.prefill_incarnation, connect.decode_incarnation)
+        link = _Link(connect)
         with self._lock:
-            old = self._pairs.get(key)
-            if self._closed or (old is not None and old.connect.epoch > connect.epoch):
+            old = self._links.get(link.key)
+            if self._closed:
                 return
-            if old is not None and old.connect.epoch == connect.epoch:
-                if old.outcome is not None:
-                    self._notify(old.outcome)
-                return
-            pair = self._pairs[key] = _Pair(connect)
-        if old is not None:
-            self._down(old, "replaced by a later epoch", tell=False)
-        mismatch = self._layout.mismatch(connect.peer_layout)
-        if self._incarnation not in key:
-            mismatch = f"worker {self._incarnation} is not of this pair"
-        if mismatch is not None:
-            self._down(pair, mismatch, permanent=True)
-            return
-        threading.Thread(target=self._build, args=(pair, old), name="kv-connect", daemon=True).start()
+            if old is None or old.connect.epoch < connect.epoch:
+                self._links[link.key] = link
+        if old is not None and old.connect.epoch == connect.epoch:
+            if old.outcome is not None:
+                self._notify(old.outcome)
+        elif old is not None and old.connect.epoch > connect.epoch:
+            self._end(link, f"epoch {connect.epoch} is over: {old.connect.epoch} is the latest")
+        else:
+            if old is not None:
+                self._end(old, f"replaced by epoch {connect.epoch}")
+            self._begin(link)
 
     def sending(self, ticket: Ticket) -> SendChannel:
-        """The live channel of a ticket; TransferError `pair_down` where there is none of its epoch."""
+        """The live channel of a ticket that this worker sends by.
+
+        Raises TransferError `pair_down` where there is none of its epoch.
+        """
         channel = self._live(ticket)
         if not isinstance(channel, SendChannel):
             raise TransferError("pair_down", "this worker is the pair's receiver")
@@ -120,104 +121,120 @@ class Pairs:
             raise TransferError("pair_down", "this worker is the pair's sender")
 
     def close(self) -> None:
-        """End every channel; returns when their threads have, or at `silence_timeout_s`."""
+        """End every channel; returns when their threads have ended, or after `CLOSE_TIMEOUT_S`.
+
+        Who still waits for a peer to come ends by himself, at `connect_timeout_s` at the latest.
+        """
         with self._lock:
             self._closed = True
-            pairs = list(self._pairs.values())
-        closers = [threading.Thread(target=self._end, args=(pair,), daemon=True) for pair in pairs]
-        for closer in closers:
-            closer.start()
-        for closer in closers:
-            closer.join(self._config.silence_timeout_s)
+            links = list(self._links.values())
+        for link in links:
+            self._end(link, "closed")
+        self._rendezvous.close()
+        ends_at = self._clock() + CLOSE_TIMEOUT_S
+        for thread in [thread for link in links for thread in link.threads]:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, ends_at - self._clock()))
 
-    def _live(self, ticket: Ticket) -> SendChannel | ReceiveChannel:
+    def _live(self, ticket: Ticket) -> Channel:
         with self._lock:
-            pair = self._pairs.get((ticket.prefill_incarnation, ticket.decode_incarnation))
-        if pair is None or pair.connect.epoch != ticket.pair_epoch:
+            link = self._links.get((ticket.prefill_incarnation, ticket.decode_incarnation))
+        if link is None or link.connect.epoch != ticket.pair_epoch:
             raise TransferError("pair_down", f"no channel of epoch {ticket.pair_epoch} between the two")
-        if pair.channel is None or not isinstance(pair.outcome, PairUp):
-            reason = pair.outcome.reason if isinstance(pair.outcome, PairDown) else "it is still being made"
+        if link.channel is None or not isinstance(link.outcome, PairUp):
+            reason = link.outcome.reason if isinstance(link.outcome, PairDown) else "it is still being made"
             raise TransferError("pair_down", f"the channel is not up: {reason}")
-        return pair.channel
+        return link.channel
 
-    def _build(self, pair: _Pair, old: _Pair | None) -> None:
-        connect = pair.connect
-        if old is not None and old.channel is not None:
-            old.channel.close(self._config.silence_timeout_s)
-        rank = SENDER if connect.prefill_incarnation == self._incarnation else RECEIVER
+    # ---- one link
+
+    def _begin(self, link: _Link) -> None:
+        mismatch = self._layout.mismatch(link.connect.peer_layout)
+        if self._incarnation not in link.key:
+            mismatch = f"worker {self._incarnation} is not of this pair"
+        if mismatch is not None:
+            self._end(link, mismatch, permanent=True)
+            return
+        timeout_s = self._config.connect_timeout_s
+        deadline = threading.Timer(timeout_s, self._end, (link, f"the peer did not come within {timeout_s:g} s"))
+        deadline.name, deadline.daemon = f"kv-deadline-{link.name}", True
+        builder = threading.Thread(
+            target=self._build, args=(link, deadline), name=f"kv-connect-{link.name}", daemon=True
+        )
+        link.threads += [deadline, builder]
+        deadline.start()
+        builder.start()
+
+    def _build(self, link: _Link, deadline: threading.Timer) -> None:
+        """Meet the peer and make sure of it; the deadline stands beside, for a meeting may hang."""
+        rank = SENDER if link.connect.prefill_incarnation == self._incarnation else RECEIVER
+        transport: Transport | None = None
         try:
-            transport = self._make_transport(connect, rank)
+            transport = self._rendezvous.meet(link.connect, rank)
+            self._greet(transport, link.connect, rank)
         except TransferError as error:
-            self._down(pair, str(error))
-            return
-        identity, config, listener = self._identity(connect), self._config, self._listener
-
-        def on_down(reason: str) -> None:
-            self._down(pair, reason)
-
-        channel: SendChannel | ReceiveChannel
-        if rank == SENDER:
-            channel = SendChannel(transport, identity, config, self._clock, listener.on_sent, on_down)
+            self._end(link, str(error))
         else:
-            channel = ReceiveChannel(transport, identity, config, lambda: self._up(pair), listener.on_segment, on_down)
-        with pair.lock:
-            late = pair.outcome is not None
-            pair.channel = channel
-        if late:
-            transport.abort()
-            return
-        channel.start()
+            self._open(link, self._channel(link, transport, rank))
+        finally:
+            deadline.cancel()
+            if transport is not None and link.channel is None:
+                transport.abort()
+
+    def _greet(self, transport: Transport, connect: Connect, rank: int) -> None:
+        """Each side says whom it means, the sender first. Raises TransferError `pair_down`, `corrupt_frame`."""
+        ours, timeout_s = Frame(FrameKind.HELLO, identity=self._identity(connect)), self._config.connect_timeout_s
         if rank == SENDER:
-            self._up(pair)
+            send_frame(transport, ours, timeout_s)
+        theirs = receive_frame(transport, timeout_s)
+        if rank == RECEIVER:
+            send_frame(transport, ours, timeout_s)
+        if theirs != ours:
+            raise TransferError("pair_down", "the peer is not of the pair, epoch and layout that the router named")
 
-    def _up(self, pair: _Pair) -> None:
-        c = pair.connect
-        with pair.lock:
-            if pair.outcome is not None:
-                return
-            pair.outcome = PairUp(c.prefill_incarnation, c.decode_incarnation, c.epoch)
-        self._notify(pair.outcome)
+    def _channel(self, link: _Link, transport: Transport, rank: int) -> Channel:
+        def on_down(reason: str) -> None:
+            self._end(link, reason)
 
-    def _down(self, pair: _Pair, reason: str, *, permanent: bool = False, tell: bool = True) -> None:
-        c = pair.connect
-        with pair.lock:
-            if isinstance(pair.outcome, PairDown):
+        if rank == SENDER:
+            return SendChannel(link.name, transport, self._config, self._clock, self._listener.on_sent, on_down)
+        return ReceiveChannel(link.name, transport, self._config, self._listener.on_segment, on_down)
+
+    def _open(self, link: _Link, channel: Channel) -> None:
+        c = link.connect
+        with self._lock:
+            if link.outcome is not None:
+                return  # replaced, closed or too late
+            link.channel, link.outcome = channel, PairUp(c.prefill_incarnation, c.decode_incarnation, c.epoch)
+            link.threads.append(channel.thread)
+            channel.start()
+        self._notify(link.outcome)
+
+    def _end(self, link: _Link, reason: str, *, permanent: bool = False) -> None:
+        c = link.connect
+        down = PairDown(c.prefill_incarnation, c.decode_incarnation, c.epoch, reason, permanent)
+        with self._lock:
+            if isinstance(link.outcome, PairDown):
                 return
-            pair.outcome = PairDown(c.prefill_incarnation, c.decode_incarnation, c.epoch, reason, permanent)
+            link.outcome = down
+            channel, link.channel = link.channel, None  # its sockets and staging go with it
         log.info("pair %s -> %s, epoch %d: %s", c.prefill_incarnation, c.decode_incarnation, c.epoch, reason)
-        self._listener.on_pair_down((c.prefill_incarnation, c.decode_incarnation), c.epoch, reason)
-        if tell:
-            self._notify(pair.outcome)
-
-    def _end(self, pair: _Pair) -> None:
-        self._down(pair, "closed", tell=False)
-        if pair.channel is not None:
-            pair.channel.close(self._config.silence_timeout_s)
+        if channel is not None:
+            channel.close()
+        self._listener.on_pair_down(link.key, c.epoch, reason)
+        self._notify(down)
 
     def _identity(self, connect: Connect) -> bytes:
         """16 bytes that are equal on both sides only if they mean the same pair, epoch and layout."""
+        layout = self._layout
         names = (
             connect.prefill_incarnation,
             connect.decode_incarnation,
-            str(connect.epoch),
-            self._layout.fingerprint,
-            str(self._layout.bytes_per_token_per_layer),
+            connect.epoch,
+            layout.fingerprint,
+            layout.num_layers,
+            layout.num_kv_heads,
+            layout.head_size,
+            layout.dtype,
         )
-        return hashlib.blake2b("\n".join(names).encode(), digest_size=16).digest()
-
-    def _process_group(self, connect: Connect, rank: int) -> Transport:
-        host, _, port = connect.store_address.rpartition(":")
-        timeout_s = self._config.connect_timeout_s
-        try:
-            store = dist.TCPStore(host, int(port), None, False, timedelta(seconds=timeout_s))
-        except (RuntimeError, ValueError) as error:
-            raise TransferError("pair_down", f"the store at {connect.store_address} can't be reached") from error
-        name = f"pair-{connect.prefill_incarnation}-{connect.decode_incarnation}-{connect.epoch}"
-        return ProcessGroupTransport(
-            dist.PrefixStore(name, store),
-            rank,
-            host=self._host,
-            device=self._device,
-            backend=self._config.backend,
-            timeout_s=timeout_s,
-        )
+        return hashlib.blake2b("\n".join(map(str, names)).encode(), digest_size=16).digest()

@@ -13,13 +13,18 @@ from engine.kv_storage import KVStorage
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
 from kv_transfer.frame import Entry
-from kv_transfer.pairs import MakeTransport, PairKey, Pairs
+from kv_transfer.pairs import PairKey, Pairs
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
+from kv_transfer.transport import GroupRendezvous, Rendezvous
 
 
 class KVPlane:
-    """Owns all channels of a worker. `close` ends their threads."""
+    """Owns all channels of a worker. Thread-safe, save for what `KVSender` keeps for the engine thread.
+
+    `notify` is called from threads of the plane. `close` ends them. Raises ConfigError where `config.backend` can't be
+    had on the storage's device.
+    """
 
     def __init__(
         self,
@@ -29,11 +34,10 @@ class KVPlane:
         config: TransferConfig,
         clock: Clock,
         notify: Notify,
-        make_transport: MakeTransport | None = None,
+        rendezvous: Rendezvous | None = None,
     ) -> None:
-        self._pairs = Pairs(
-            incarnation, storage.layout, host, storage.device, config, clock, notify, self, make_transport
-        )
+        rendezvous = rendezvous or GroupRendezvous(host, storage.device, config)
+        self._pairs = Pairs(incarnation, storage.layout, rendezvous, config, clock, notify, self)
         self.sender = KVSender(self._pairs, storage, config, clock, notify)
         self.receiver = KVReceiver(self._pairs, storage, config, clock, notify)
 
@@ -46,8 +50,9 @@ class KVPlane:
         self._pairs.connect(connect)
 
     def cancel(self, key: AttemptKey) -> None:
-        """Stop what leaves and discard what comes, at once, from any thread. The halves free the blocks."""
+        """Stop what leaves and discard what comes, at once. The halves release it and free the blocks."""
         self.sender.cancel(key)
+        self.receiver.cancel(key)
 
     def renew(self, transfer_ids: Iterable[str], now: float) -> None:
         wanted = set(transfer_ids)
@@ -55,11 +60,16 @@ class KVPlane:
         self.receiver.renew(wanted, now)
 
     def expired(self, now: float) -> list[tuple[AttemptKey, str]]:
-        """Attempts that nobody wants any more, or that stand still, with the reason."""
+        """Attempts that nobody wants any more, or that stand still, with the reason; each is told once."""
         return self.sender.expired(now) + self.receiver.expired(now)
 
     def close(self) -> None:
         self._pairs.close()
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError where something is held for an attempt that is gone."""
+        self.sender.check_integrity()
+        self.receiver.check_integrity()
 
     def on_sent(self, key: AttemptKey, num_bytes: int, seconds: float, at: float) -> None:
         self.sender.on_sent(key, num_bytes, seconds, at)

@@ -14,20 +14,21 @@ from core.messages import TransferStats
 from core.ticket import AttemptKey, CommitRecord, Segment, SegmentRecord, Ticket, prefix_hash
 from engine.kv_storage import KVStorage
 from kernels.checksum import checksum
-from kv_transfer.channel import Outgoing, SendChannel
+from kv_transfer.channel import SendChannel
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify, TransferFailed
-from kv_transfer.frame import Entry
-from kv_transfer.ownership import Holdings, SendState
+from kv_transfer.frame import MAX_PAYLOAD_BYTES, Entry, check_transfer_id
+from kv_transfer.outbox import Outgoing
+from kv_transfer.ownership import Holding, Ledger, SendState
 from kv_transfer.pairs import PairKey, Pairs
 
 SETTLE_S = 0.05
 """How long `release` waits for the channel to book what has already arrived."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Sending:
-    ticket: Ticket
+    holding: Holding[SendState]
     channel: SendChannel
     skipped_prefix: Sequence[int]
     records: list[SegmentRecord] = field(default_factory=list)
@@ -36,133 +37,180 @@ class _Sending:
     transfer_s: float = 0.0
     committed_at: float | None = None
     last_sent_at: float = 0.0
-    failed: bool = False
+    failure: TransferError | None = None
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.holding.ticket.key
+
+    @property
+    def all_sent(self) -> bool:
+        return self.committed_at is not None and self.num_sent == len(self.records)
 
 
 class KVSender:
     """All transfers that leave this worker.
 
     The blocks stay the prefill half's; this reads them in `push` and never later: what is on its way is a copy, owned
-    by the channel. `begin`, `push` and `commit` belong to the engine thread; `cancel` may come from any thread and
-    takes effect at the next layer. Failures of a transfer are told by TransferFailed, once, never raised into a step.
+    by the channel. `begin`, `push`, `commit` and `release` belong to the engine thread; the rest may come from any.
+    Failures of a transfer are told by TransferFailed, once, and never raised into a step.
     """
 
     def __init__(self, pairs: Pairs, storage: KVStorage, config: TransferConfig, clock: Clock, notify: Notify) -> None:
-        self._pairs, self._storage, self._config, self._clock, self._notify = pairs, storage, config, clock, notify
+        self._pairs, self._storage, self._clock, self._notify = pairs, storage, clock, notify
         self._changed = threading.Condition()
         self._sending: dict[AttemptKey, _Sending] = {}
-        self._holdings: Holdings[SendState] = Holdings(
-            lease_s=config.lease_s,
-            progress_timeout_s=config.progress_timeout_s,
-            queue_timeout_s=config.queue_timeout_s,
-        )
+        self._ledger: Ledger[SendState] = Ledger(config)
+        self._max_segment_tokens = MAX_PAYLOAD_BYTES // storage.layout.bytes_per_token_per_layer
 
     def begin(self, ticket: Ticket, skipped_prefix: Sequence[int] = ()) -> None:
         """Open a transfer; the positions of `skipped_prefix` are there already and won't be sent.
 
-        Raises TransferError: `pair_down`, `stale_attempt`.
+        Raises TransferError: `pair_down`, `stale_attempt`, `invalid_ticket`.
         """
+        check_transfer_id(ticket.transfer_id)
         channel = self._pairs.sending(ticket)
         with self._changed:
-            self._holdings.open(ticket, SendState.QUEUED, self._clock())
-            self._sending[ticket.key] = _Sending(ticket, channel, skipped_prefix)
+            opened = self._ledger.open(ticket, SendState.QUEUED, self._clock())
+            fenced = self._sending.pop(opened.fenced.ticket.key, None) if opened.fenced is not None else None
+            self._sending[ticket.key] = _Sending(opened.holding, channel, skipped_prefix)
+        if fenced is not None:
+            fenced.channel.drop(fenced.key)
+            self._notify(TransferFailed(fenced.key, "stale_attempt", f"attempt {ticket.attempt} has begun"))
 
     def push(self, key: AttemptKey, layer: int, start: int, end: int, block_ids: Sequence[int]) -> None:
-        """Copy K and V of positions [start, end) out of the cache and queue them. Waits while staging is full."""
-        with self._changed:
-            sending = self._sending.get(key)
-            if sending is None or sending.failed:
-                return
-            if self._holdings[key].state is SendState.QUEUED:
-                self._holdings.advance(key, SendState.PREFILLING, self._clock())
-        start = max(start, len(sending.skipped_prefix))
-        if start >= end:
+        """Copy K and V of positions [start, end) out of the cache and queue them.
+
+        Waits while staging is full, no longer than the channel's silence is endured. Does nothing for a transfer that
+        has failed, was cancelled or is unknown.
+        """
+        sending = self._live(key)
+        if sending is None:
             return
-        payload = self._storage.read(layer, block_ids, start, end)
-        ready = torch.cuda.current_stream().record_event() if payload.is_cuda else None
-        data = payload.flatten().view(torch.uint8)
-        segment = Segment(layer, 0, self._storage.layout.num_kv_heads, start, end)
-        record = SegmentRecord(segment, data.numel(), checksum(data))
-        with self._changed:
-            if self._sending.get(key) is not sending:
-                return  # cancelled while it was copied
-            sending.records.append(record)
-        if not sending.channel.put(Outgoing(Entry(key, record), data, ready), self._config.progress_timeout_s):
-            self._fail(sending, "pair_down", "the channel took no more segments")
+        start = max(start, len(sending.skipped_prefix))
+        for piece in range(start, end, self._max_segment_tokens):
+            if not self._push(sending, layer, piece, min(end, piece + self._max_segment_tokens), block_ids):
+                return
 
     def commit(self, key: AttemptKey, token_ids: Sequence[int]) -> CommitRecord:
-        """The prompt `token_ids` is computed: what was sent of it, or will have been. TransferError where it failed."""
+        """The prompt `token_ids` is computed: what was sent of it, or will have been.
+
+        Raises the TransferError it failed by, or `cancelled`.
+        """
+        sending = self._live(key)
         with self._changed:
-            sending = self._sending.get(key)
-            if sending is None or sending.failed:
-                raise TransferError("pair_down", "the transfer is over")
-            now = self._clock()
-            self._holdings.advance(key, SendState.COMMITTED, now)
-            sending.committed_at = now
+            if sending is None or not sending.holding.live:
+                sending = self._sending.get(key)
+                raise (sending and sending.failure) or TransferError("cancelled", "the transfer was cancelled")
+            sending.committed_at = self._clock()
+            sending.holding.advance(SendState.COMMITTED, sending.committed_at)
             skipped = sending.skipped_prefix
             return CommitRecord(tuple(sending.records), len(token_ids), len(skipped), prefix_hash(skipped))
 
     def cancel(self, key: AttemptKey) -> None:
         """Send nothing more; what is queued is dropped, the channel goes on for others. Idempotent, thread-safe."""
         with self._changed:
-            sending = self._sending.pop(key, None)
-            if sending is not None:
-                self._holdings.advance(key, SendState.DRAINING, self._clock())
-                self._holdings.close(key)
-        if sending is not None:
-            sending.channel.drop(key)
+            if (sending := self._sending.get(key)) is None:
+                return
+            sending.holding.drain(self._clock())
+            self._changed.notify_all()
+        sending.channel.drop(key)
 
     def release(self, key: AttemptKey) -> TransferStats | None:
         """End a transfer, whatever its state; what it cost, where all of it had left. Idempotent."""
         with self._changed:
-            sending = self._sending.get(key)
-            if sending is None:
+            if (sending := self._sending.get(key)) is None:
                 return None
-            done = sending.committed_at is not None and self._changed.wait_for(
-                lambda: sending.failed or sending.num_sent == len(sending.records), SETTLE_S
-            )
+            if sending.committed_at is not None:  # a segment may be with the peer before its sender has noticed
+                self._changed.wait_for(lambda: sending.all_sent or not sending.holding.live, SETTLE_S)
+            stats = _stats(sending) if sending.all_sent and sending.holding.live else None
         self.cancel(key)
-        if not done or sending.failed or sending.committed_at is None:
-            return None
-        exposed_s = max(0.0, sending.last_sent_at - sending.committed_at)
-        return TransferStats(sending.num_bytes, sending.transfer_s, min(exposed_s, sending.transfer_s))
+        with self._changed:
+            self._sending.pop(key, None)
+            self._ledger.close(key)
+        return stats
 
     def renew(self, transfer_ids: Iterable[str], now: float) -> None:
         with self._changed:
-            self._holdings.renew(transfer_ids, now)
+            self._ledger.renew(transfer_ids, now)
 
     def expired(self, now: float) -> list[tuple[AttemptKey, str]]:
+        """Transfers that have run out of time, each told once: they are cancelled, and wait to be released."""
         with self._changed:
-            return self._holdings.expired(now)
+            ended = [(holding.ticket.key, reason) for holding, reason in self._ledger.expired(now)]
+            for key in [key for key in self._sending if self._ledger.find(key) is None]:
+                del self._sending[key]
+        for key, _ in ended:
+            self.cancel(key)
+        return ended
 
     def on_sent(self, key: AttemptKey, num_bytes: int, seconds: float, at: float) -> None:
+        """A segment has left. Called by the channel's thread."""
         with self._changed:
-            sending = self._sending.get(key)
-            if sending is None:
+            if (sending := self._sending.get(key)) is None:
                 return
             sending.num_sent += 1
             sending.num_bytes += num_bytes
             sending.transfer_s += seconds
             sending.last_sent_at = at
-            self._holdings.progressed(key, at)
+            sending.holding.progressed(at)
             self._changed.notify_all()
 
     def on_pair_down(self, pair: PairKey, epoch: int, reason: str) -> None:
+        """Fail what the channel has not carried to the end. What has left completely waits for its release."""
         with self._changed:
-            lost = [
-                sending
-                for sending in self._sending.values()
-                if (sending.ticket.prefill_incarnation, sending.ticket.decode_incarnation) == pair
-                and sending.ticket.pair_epoch == epoch
-                and not (sending.committed_at is not None and sending.num_sent == len(sending.records))
-            ]
+            lost = [s for s in self._sending.values() if _is_of(s.holding.ticket, pair, epoch) and not s.all_sent]
         for sending in lost:
             self._fail(sending, "pair_down", reason)
 
+    def check_integrity(self) -> None:
+        """Raises IntegrityError where holdings and transfers are not the same attempts."""
+        with self._changed:
+            self._ledger.check_integrity(self._sending)
+
+    def _live(self, key: AttemptKey) -> _Sending | None:
+        """The transfer, if it is in time and neither failed nor cancelled."""
+        with self._changed:
+            sending, now = self._sending.get(key), self._clock()
+            if sending is None or not sending.holding.live:
+                return None
+            expired = sending.holding.expired(now)
+            if expired is None and sending.holding.state is SendState.QUEUED:
+                sending.holding.advance(SendState.PREFILLING, now)
+        if expired is not None:
+            self._fail(sending, expired, expired.replace("_", " "))
+            return None
+        return sending
+
+    def _push(self, sending: _Sending, layer: int, start: int, end: int, block_ids: Sequence[int]) -> bool:
+        data = self._storage.read(layer, block_ids, start, end).flatten().view(torch.uint8)
+        segment = Segment(layer, 0, self._storage.layout.num_kv_heads, start, end)
+        # on a GPU the checksum waits for the copy, so that the channel's thread may touch it from any stream
+        record = SegmentRecord(segment, data.numel(), checksum(data))
+        sending.records.append(record)
+        if sending.channel.put(Outgoing(Entry(sending.key, record), data), lambda: sending.holding.live):
+            return True
+        if sending.channel.closed:
+            self._fail(sending, "pair_down", "the channel has ended")
+        else:
+            self._fail(sending, "staging_full", "the channel took no more segments in time")
+        return False
+
     def _fail(self, sending: _Sending, reason: str, message: str) -> None:
         with self._changed:
-            if sending.failed or self._sending.get(sending.ticket.key) is not sending:
+            if not sending.holding.live:
                 return
-            sending.failed = True
+            sending.holding.drain(self._clock())
+            sending.failure = TransferError(reason, message)
             self._changed.notify_all()
-        self._notify(TransferFailed(sending.ticket.key, reason, message))
+        sending.channel.drop(sending.key)
+        self._notify(TransferFailed(sending.key, reason, message))
+
+
+def _is_of(ticket: Ticket, pair: PairKey, epoch: int) -> bool:
+    return (ticket.prefill_incarnation, ticket.decode_incarnation) == pair and ticket.pair_epoch == epoch
+
+
+def _stats(sending: _Sending) -> TransferStats:
+    exposed_s = sending.last_sent_at - (sending.committed_at or 0.0)
+    return TransferStats(sending.num_bytes, sending.transfer_s, max(0.0, exposed_s))

@@ -1,0 +1,128 @@
+"""Pairs that meet in memory: the same order, blocking and failures as process groups, and a hook that damages bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from core.errors import TransferError
+from core.messages import Connect
+from kv_transfer.transport import SENDER
+
+Damage = Callable[[Tensor], Tensor]
+"""What comes of a message of bytes on its way."""
+
+
+def _unharmed(message: Tensor) -> Tensor:
+    return message
+
+
+class Wire:
+    """One direction: a message leaves when it is taken."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.broken = False
+        self.damage: Damage = _unharmed
+        self._held = False
+        self._message: Tensor | None = None
+
+    def send(self, message: Tensor, timeout_s: float) -> None:
+        with self.changed:
+            self._message = self.damage(message.clone())
+            self.changed.notify_all()
+            self._wait(lambda: self._message is None, timeout_s)
+
+    def receive(self, into: Tensor, timeout_s: float) -> None:
+        with self.changed:
+            self._wait(lambda: self._message is not None and not self._held, timeout_s)
+            assert self._message is not None
+            if into.numel() != self._message.numel():
+                self.broken = True
+                self.changed.notify_all()
+                raise TransferError("pair_down", "the message is of another size")
+            into.copy_(self._message)
+            self._message = None
+            self.changed.notify_all()
+
+    def hold(self, held: bool) -> None:
+        """While held nothing arrives; what was being sent waits."""
+        with self.changed:
+            self._held = held
+            self.changed.notify_all()
+
+    def break_(self) -> None:
+        with self.changed:
+            self.broken = True
+            self.changed.notify_all()
+
+    def _wait(self, done: Callable[[], bool], timeout_s: float) -> None:
+        self.changed.wait_for(lambda: done() or self.broken, timeout_s)
+        if self.broken or not done():
+            self.broken = True
+            self.changed.notify_all()
+            raise TransferError("pair_down", "the wire is broken")
+
+
+class MemoryTransport:
+    """One end of two wires."""
+
+    def __init__(self, outward: Wire, inward: Wire) -> None:
+        self.payload_device = torch.device("cpu")
+        self._outward, self._inward = outward, inward
+
+    def send_frame(self, frame: Tensor, timeout_s: float) -> None:
+        self._outward.send(frame, timeout_s)
+
+    def receive_frame(self, frame: Tensor, timeout_s: float) -> None:
+        self._inward.receive(frame, timeout_s)
+
+    def send_payload(self, payload: Tensor, timeout_s: float) -> None:
+        self._outward.send(payload, timeout_s)
+
+    def receive_payload(self, payload: Tensor, timeout_s: float) -> None:
+        self._inward.receive(payload, timeout_s)
+
+    def abort(self) -> None:
+        self._outward.break_()
+        self._inward.break_()
+
+
+class MemoryNetwork:
+    """Where workers of one process meet. `to_receiver[epoch]` is the wire that carries the segments."""
+
+    def __init__(self) -> None:
+        self.to_receiver: dict[int, Wire] = {}
+        self._changed = threading.Condition()
+        self._waiting: dict[tuple[str, str, int], dict[int, MemoryTransport]] = {}
+
+    def rendezvous(self, address: str, timeout_s: float) -> MemoryRendezvous:
+        return MemoryRendezvous(self, address, timeout_s)
+
+    def meet(self, connect: Connect, rank: int, timeout_s: float) -> MemoryTransport:
+        name = (connect.prefill_incarnation, connect.decode_incarnation, connect.epoch)
+        with self._changed:
+            if name not in self._waiting:
+                there, back = Wire(), Wire()
+                self.to_receiver[connect.epoch] = there
+                self._waiting[name] = {SENDER: MemoryTransport(there, back), 1 - SENDER: MemoryTransport(back, there)}
+            transport = self._waiting[name].pop(rank)
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: not self._waiting[name], timeout_s):
+                raise TransferError("pair_down", "the peer did not come")
+            return transport
+
+
+class MemoryRendezvous:
+    def __init__(self, network: MemoryNetwork, address: str, timeout_s: float) -> None:
+        self.address = address
+        self._network, self._timeout_s = network, timeout_s
+
+    def meet(self, connect: Connect, rank: int) -> MemoryTransport:
+        return self._network.meet(connect, rank, self._timeout_s)
+
+    def close(self) -> None:
+        """Nothing to let go of."""

@@ -1,0 +1,134 @@
+"""Segments leave in order and in batches, and never take more memory than they may."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from core.ticket import Segment, SegmentRecord
+from kv_transfer.frame import MAX_SEGMENTS, Entry
+from kv_transfer.outbox import Outbox, Outgoing
+
+WAIT_S = 10.0
+SOON_S = 0.05
+
+
+def outgoing(num_bytes: int = 100, transfer_id: str = "a", layer: int = 0) -> Outgoing:
+    record = SegmentRecord(Segment(layer, 0, 1, 0, 1), num_bytes, 0)
+    return Outgoing(Entry((transfer_id, 1), record), torch.empty(num_bytes, dtype=torch.uint8))
+
+
+def always() -> bool:
+    return True
+
+
+class Putter:
+    """A put in a thread of its own."""
+
+    def __init__(self, outbox: Outbox, item: Outgoing) -> None:
+        self.wanted = True
+        self.result: bool | None = None
+        self._thread = threading.Thread(target=self._put, args=(outbox, item), daemon=True)
+        self._thread.start()
+
+    def _put(self, outbox: Outbox, item: Outgoing) -> None:
+        self.result = outbox.put(item, WAIT_S, lambda: self.wanted)
+
+    def outcome(self, timeout_s: float = WAIT_S) -> bool | None:
+        self._thread.join(timeout_s)
+        return self.result
+
+
+def test_what_waits_together_leaves_together_in_order() -> None:
+    outbox = Outbox(1000, 250)
+    items = [outgoing(layer=layer) for layer in range(5)]
+    for item in items:
+        assert outbox.put(item, WAIT_S, always)
+    assert outbox.take(0) == items[:2]
+    assert outbox.take(0) == items[2:4]
+    assert outbox.take(0) == items[4:]
+    assert outbox.take(0) == []
+
+
+def test_a_segment_larger_than_a_batch_leaves_alone() -> None:
+    outbox = Outbox(10_000, 250)
+    items = [outgoing(400), outgoing(100)]
+    for item in items:
+        outbox.put(item, WAIT_S, always)
+    assert outbox.take(0) == items[:1]
+    assert outbox.take(0) == items[1:]
+
+
+def test_a_batch_has_no_more_segments_than_a_frame() -> None:
+    outbox = Outbox(1 << 20, 1 << 20)
+    for layer in range(MAX_SEGMENTS + 3):
+        outbox.put(outgoing(4, layer=layer), WAIT_S, always)
+    first, second = outbox.take(0), outbox.take(0)
+    assert first is not None
+    assert second is not None
+    assert (len(first), len(second)) == (MAX_SEGMENTS, 3)
+
+
+def test_memory_is_bounded_until_a_batch_has_left() -> None:
+    outbox = Outbox(250, 100)
+    for _ in range(2):
+        assert outbox.put(outgoing(), WAIT_S, always)
+    third = Putter(outbox, outgoing())
+    batch = outbox.take(0)
+    assert batch is not None
+    assert third.outcome(SOON_S) is None  # what is being sent takes memory, too
+    assert outbox.num_bytes == 200
+    outbox.sent(batch)
+    assert third.outcome() is True
+    assert outbox.num_bytes == 200
+
+
+def test_an_empty_outbox_has_room_for_anything() -> None:
+    outbox = Outbox(250, 100)
+    assert outbox.put(outgoing(400), 0, always)
+    assert not outbox.put(outgoing(4), 0, always)
+
+
+def test_waiting_for_room_ends_in_time() -> None:
+    outbox = Outbox(100, 100)
+    outbox.put(outgoing(), WAIT_S, always)
+    assert not outbox.put(outgoing(), SOON_S, always)
+    assert outbox.num_bytes == 100
+
+
+def test_a_drop_takes_one_attempt_and_makes_room() -> None:
+    outbox = Outbox(250, 1000)
+    mine, other = outgoing(transfer_id="a"), outgoing(transfer_id="b")
+    outbox.put(mine, WAIT_S, always)
+    outbox.put(other, WAIT_S, always)
+    third = Putter(outbox, outgoing(transfer_id="c"))
+    outbox.drop(("a", 1))
+    assert third.outcome() is True
+    batch = outbox.take(0)
+    assert batch is not None
+    assert [item.entry.key[0] for item in batch] == ["b", "c"]
+
+
+def test_a_drop_wakes_the_put_of_the_same_attempt() -> None:
+    outbox = Outbox(100, 100)
+    outbox.put(outgoing(), WAIT_S, always)
+    waiting = Putter(outbox, outgoing(transfer_id="b"))
+    waiting.wanted = False
+    outbox.drop(("b", 1))
+    assert waiting.outcome() is False
+    assert outbox.num_bytes == 100
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_closing_wakes_whoever_waits(full: bool) -> None:
+    outbox = Outbox(100, 100)
+    if full:
+        outbox.put(outgoing(), WAIT_S, always)
+        waiting = Putter(outbox, outgoing())
+        outbox.close()
+        assert waiting.outcome() is False
+    outbox.close()
+    assert outbox.take(WAIT_S) is None
+    assert not outbox.put(outgoing(), WAIT_S, always)

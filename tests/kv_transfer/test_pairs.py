@@ -1,0 +1,243 @@
+"""Pairs come up, are replaced and end; each end is told once, and no thread stays behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import psutil
+import pytest
+
+from core.errors import TransferError
+from core.kv_layout import KVLayout
+from core.messages import Connect, PairDown, PairUp
+from kv_transfer.config import TransferConfig
+from kv_transfer.events import TransferFailed, TransferReady
+from tests.kv_transfer.harness import (
+    HOST,
+    QUICK,
+    WAIT_S,
+    Transfer,
+    Worker,
+    connect,
+    connects,
+    layout,
+    pair,
+    plane_threads,
+    tickets,
+)
+
+HASTY = TransferConfig(connect_timeout_s=0.5, silence_timeout_s=1.0, keepalive_s=0.2)
+
+
+@contextmanager
+def workers(config: TransferConfig, *shapes: KVLayout) -> Iterator[list[Worker]]:
+    """Workers w0, w1, ..., not connected."""
+    with ExitStack() as stack:
+        made = [Worker(f"w{i}", shape, config) for i, shape in enumerate(shapes)]
+        for worker in made:
+            stack.callback(worker.plane.close)
+        yield made
+
+
+def no_thread_is_left() -> bool:
+    """True as soon as the plane's threads are gone; each says goodbye within the wait."""
+    ends_at = time.monotonic() + WAIT_S
+    for thread in threading.enumerate():
+        if thread.name.startswith("kv-"):
+            thread.join(max(0.0, ends_at - time.monotonic()))
+    return plane_threads() == []
+
+
+def test_layouts_that_differ_never_pair() -> None:
+    with workers(QUICK, layout(), layout(num_layers=4)) as (prefill, decode):
+        to_prefill, _ = connects(prefill, decode, 1)
+        prefill.plane.connect(to_prefill)
+        down = prefill.expect(PairDown)
+        assert down == PairDown("w0", "w1", 1, "num_layers: 3 on one side, 4 on the other", permanent=True)
+        assert plane_threads() == []
+
+
+def test_a_pair_of_others_is_refused_for_good() -> None:
+    with workers(QUICK, layout()) as (worker,):
+        worker.plane.connect(Connect("x", "y", 1, worker.plane.address, layout()))
+        assert worker.expect(PairDown).permanent
+
+
+def test_the_handshake_finds_out_a_peer_that_is_not_what_the_router_said() -> None:
+    with workers(QUICK, layout(), layout(fingerprint="other weights")) as (prefill, decode):
+        to_prefill, to_decode = connects(prefill, decode, 1)
+        prefill.plane.connect(dataclasses.replace(to_prefill, peer_layout=prefill.layout))
+        decode.plane.connect(dataclasses.replace(to_decode, peer_layout=decode.layout))
+        downs = [worker.expect(PairDown) for worker in (prefill, decode)]
+        assert any("not of the pair, epoch and layout" in down.reason for down in downs)
+        assert not any(down.permanent for down in downs)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_peer_that_does_not_come_is_given_up_in_time(side: int) -> None:
+    with workers(HASTY, layout(), layout()) as (prefill, decode):
+        started_at = time.monotonic()
+        worker = (prefill, decode)[side]
+        worker.plane.connect(connects(prefill, decode, 1)[side])
+        assert not worker.expect(PairDown).permanent
+        assert time.monotonic() - started_at < HASTY.connect_timeout_s + 1.0
+        assert no_thread_is_left()
+
+
+def test_a_store_that_is_gone_is_known_at_once() -> None:
+    with workers(QUICK, layout()) as (worker,), socket.create_server((HOST, 0)) as server:
+        address = f"{HOST}:{server.getsockname()[1]}"
+        server.close()
+        started_at = time.monotonic()
+        worker.plane.connect(Connect("w0", "d", 1, address, layout()))
+        assert "refused" in worker.expect(PairDown).reason
+        assert time.monotonic() - started_at < 1.0
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", f"{HOST}:port"])
+def test_an_address_that_is_none_takes_the_pair_down(address: str) -> None:
+    with workers(QUICK, layout()) as (worker,):
+        worker.plane.connect(Connect("w0", "d", 1, address, layout()))
+        assert "can't be reached" in worker.expect(PairDown).reason
+
+
+def test_a_store_that_says_nothing_does_not_hold_the_answer_up() -> None:
+    """The address of a process that is stopped: the system takes the connection, nobody answers."""
+    with socket.create_server((HOST, 0)) as stopped:
+        with workers(HASTY, layout()) as (worker,):
+            worker.plane.connect(Connect("w0", "d", 1, f"{HOST}:{stopped.getsockname()[1]}", layout()))
+            assert "did not come within 0.5 s" in worker.expect(PairDown).reason
+            for _ in range(2):  # the probe and the store's own: ending them ends the thread
+                stopped.accept()[0].close()
+    assert no_thread_is_left()
+
+
+def test_the_same_connect_again_repeats_the_answer_and_keeps_the_channel() -> None:
+    with pair() as (prefill, decode):
+        threads = plane_threads()
+        for worker, command in zip((prefill, decode), connects(prefill, decode, 1), strict=True):
+            worker.plane.connect(command)
+            assert worker.expect(PairUp) == PairUp("p", "d", 1)
+        assert plane_threads() == threads
+        transfer = Transfer(prefill, decode, 5)
+        transfer.complete()
+        transfer.release()
+
+
+def test_an_epoch_that_is_over_is_refused() -> None:
+    with pair() as (prefill, decode):
+        connect_again(prefill, decode, 5)
+        to_prefill, _ = connects(prefill, decode, 3)
+        prefill.plane.connect(to_prefill)
+        assert prefill.expect(PairDown).epoch == 3
+        transfer = Transfer(prefill, decode, 5, epoch=5)
+        transfer.complete()
+        transfer.release()
+
+
+def test_a_later_epoch_replaces_the_channel_and_fails_what_it_carried() -> None:
+    with pair() as (prefill, decode):
+        old = Transfer(prefill, decode, 8)
+        old.begin()
+        for worker, command in zip((prefill, decode), connects(prefill, decode, 2), strict=True):
+            worker.plane.connect(command)
+        for worker in (prefill, decode):
+            failed, down = worker.expect(TransferFailed), worker.expect(PairDown)
+            assert (failed.key, failed.reason, down.epoch) == (old.key, "pair_down", 1)
+            assert worker.expect(PairUp).epoch == 2
+        new = Transfer(prefill, decode, 8, epoch=2)
+        new.complete()
+        assert new.arrived()
+        old.release()
+        new.release()
+
+
+def test_the_end_of_one_pair_does_not_touch_another() -> None:
+    with workers(QUICK, layout(), layout(), layout()) as (prefill, first, second):
+        for decode in (first, second):
+            connect(prefill, decode)
+        broken, whole = Transfer(prefill, first, 6), Transfer(prefill, second, 6)
+        for transfer in (broken, whole):
+            transfer.begin()
+        first.plane.close()
+        assert prefill.expect(TransferFailed).key == broken.key
+        assert prefill.expect(PairDown).decode_incarnation == first.name
+        whole.push()
+        whole.accept(whole.commit())
+        assert second.expect(TransferReady).key == whole.key
+        assert whole.arrived()
+        assert prefill.silent()
+
+
+@pytest.mark.parametrize("closing", [0, 1])
+def test_who_closes_is_noticed_and_told_once(closing: int) -> None:
+    with pair() as both:
+        transfer = Transfer(*both, 8)
+        transfer.begin()
+        other = both[1 - closing]
+        both[closing].plane.close()
+        assert other.expect(TransferFailed, 3.0).reason == "pair_down"
+        assert other.expect(PairDown, 3.0).epoch == 1
+        with pytest.raises(TransferError, match="not up"):
+            Transfer(*both, 4).begin()
+        transfer.release()
+    assert other.silent()
+
+
+def test_a_ticket_needs_a_live_channel_of_its_epoch_and_direction() -> None:
+    with pair() as (prefill, decode):
+        begins: list[Callable[[], None]] = [
+            lambda: prefill.plane.sender.begin(tickets("p", "d", 2)),
+            lambda: prefill.plane.sender.begin(tickets("p", "x", 1)),
+            lambda: decode.plane.sender.begin(tickets("p", "d", 1)),
+            lambda: decode.plane.receiver.begin(tickets("p", "d", 2), (1,), 4),
+            lambda: prefill.plane.receiver.begin(tickets("p", "d", 1), (1,), 4),
+        ]
+        for begin in begins:
+            with pytest.raises(TransferError) as failure:
+                begin()
+            assert failure.value.reason == "pair_down"
+
+
+def test_an_idle_channel_stays_up() -> None:
+    with pair(config=TransferConfig(silence_timeout_s=0.4, keepalive_s=0.1)) as (prefill, decode):
+        with pytest.raises(queue.Empty):
+            decode.events.get(timeout=1.2)  # three silences long
+        assert prefill.silent()
+        transfer = Transfer(prefill, decode, 4)
+        transfer.complete()
+        transfer.release()
+
+
+def test_pairs_leave_neither_sockets_nor_threads_behind() -> None:
+    process = psutil.Process()
+    with workers(QUICK, layout(), layout()) as (prefill, decode):
+        connect(prefill, decode, 1)
+        connect_again(prefill, decode, 2)
+        before = process.num_fds(), process.num_threads()
+        for epoch in range(3, 13):
+            connect_again(prefill, decode, epoch)
+        assert process.num_fds() < before[0] + 20  # of 10 epochs with 16 and 6 each; the last ones may still be going
+        assert process.num_threads() < before[1] + 20
+
+
+def connect_again(prefill: Worker, decode: Worker, epoch: int) -> None:
+    for worker, command in zip((prefill, decode), connects(prefill, decode, epoch), strict=True):
+        worker.plane.connect(command)
+    for worker in (prefill, decode):
+        assert worker.expect(PairDown).epoch < epoch
+        assert worker.expect(PairUp).epoch == epoch
+
+
+def test_nothing_listens_on_any_other_address() -> None:
+    with pair():
+        listening = [c for c in psutil.Process(os.getpid()).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert listening
+        assert {c.laddr.ip for c in listening} == {HOST}
