@@ -13,4 +13,4 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="session", autouse=True)
 async def one_event_loop(anyio_backend: str) -> AsyncIterator[None]:
     """Asynchronous tests share a loop: gRPC's poller is one per process, and trips over loops closed under it."""
-    yield
+    yield  # noqa: PT022 (a generator: the loop lives for as long as this fixture)
