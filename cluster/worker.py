@@ -92,10 +92,15 @@ class Worker:
     def post(self, message: Message) -> None:
         """Say something to the engine thread. Thread-safe.
 
-        A Cancel stops the transfer here and now, the engine does the rest after the step it is in.
+        What must not wait for the end of a step is done here and now: a Cancel stops the transfer (the engine does the
+        rest), a Heartbeat renews leases.
         """
-        if isinstance(message, FromRouter) and isinstance(message.command, Cancel):
-            self._kv.cancel(message.command.ticket.key)
+        match message:
+            case FromRouter(_, Heartbeat(live)):
+                self._kv.renew(live, self._clock())
+                return
+            case FromRouter(_, Cancel(ticket, _)):
+                self._kv.cancel(ticket.key)
         self._inbox.put(message)
 
     def run(self) -> None:
@@ -200,8 +205,6 @@ class Worker:
                 self._decode.accept(command)
             case Release(ticket) | Cancel(ticket, _):
                 self._release(session, ticket.key)
-            case Heartbeat(live):
-                self._kv.renew(live, self._clock())
             case Drain():
                 self._handle(command)
 
@@ -302,6 +305,7 @@ class Worker:
     def check_integrity(self) -> None:
         """`IntegrityError` where something is held for nobody. Engine thread, or while it does not run."""
         self._engine.scheduler.check_integrity()
+        self._kv.check_integrity()
         live = {engine_id(key) for key in self._keys()}
         if stray := set(self._engine.scheduler.requests) ^ live:
             raise IntegrityError(f"attempts and the scheduler's requests differ by {sorted(stray)}")
