@@ -96,8 +96,8 @@ WRONG = [
         "{model: m, router: {sessions: {dead_after_s: 1}}}",
         "router.sessions.dead_after_s: got 1.0, must be longer than heartbeat_interval_s = 1.0",
     ),
-    ("{model: m, transfer: {lease_s: 0}}", "transfer.lease_s: got 0.0, must be > 0"),
-    ("{model: m, transfer: {lease_s: .nan}}", "transfer.lease_s: got nan, must be > 0"),
+    ("{model: m, transfer: {lease_s: 0}}", "transfer.lease_s: got 0.0, must be a finite number > 0"),
+    ("{model: m, transfer: {lease_s: .nan}}", "transfer.lease_s: got nan, must be a finite number > 0"),
     (
         "{model: m, transfer: {silence_timeout_s: 1}}",
         "transfer.silence_timeout_s: got 1.0, must be > keepalive_s = 1",
