@@ -28,4 +28,4 @@ class TransferFailed:
 
 KVEvent = PairUp | PairDown | TransferReady | TransferFailed
 Notify = Callable[[KVEvent], None]
-"""Called from threads of the KV plane, and must not block."""
+"""Called from threads of the KV plane, some of which hold its locks: must not block, nor call the plane."""

@@ -19,7 +19,8 @@ from kv_transfer.channel import Channel, ReceiveChannel, SendChannel, receive_fr
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
 from kv_transfer.frame import Entry, Frame, FrameKind
-from kv_transfer.transport import RECEIVER, SENDER, Rendezvous, Transport
+from kv_transfer.rendezvous import RECEIVER, SENDER, Rendezvous
+from kv_transfer.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -93,17 +94,18 @@ class Pairs:
             old = self._links.get(link.key)
             if self._closed:
                 return
+            if old is not None and old.connect.epoch == connect.epoch:
+                if old.outcome is not None:
+                    self._notify(old.outcome)
+                return
             if old is None or old.connect.epoch < connect.epoch:
                 self._links[link.key] = link
-        if old is not None and old.connect.epoch == connect.epoch:
-            if old.outcome is not None:
-                self._notify(old.outcome)
-        elif old is not None and old.connect.epoch > connect.epoch:
+        if old is not None and old.connect.epoch > connect.epoch:
             self._end(link, f"epoch {connect.epoch} is over: {old.connect.epoch} is the latest")
-        else:
-            if old is not None:
-                self._end(old, f"replaced by epoch {connect.epoch}")
-            self._begin(link)
+            return
+        if old is not None:
+            self._end(old, f"replaced by epoch {connect.epoch}")
+        self._begin(link)
 
     def sending(self, ticket: Ticket) -> SendChannel:
         """The live channel of a ticket that this worker sends by.
@@ -161,9 +163,12 @@ class Pairs:
         builder = threading.Thread(
             target=self._build, args=(link, deadline), name=f"kv-connect-{link.name}", daemon=True
         )
-        link.threads += [deadline, builder]
-        deadline.start()
-        builder.start()
+        with self._lock:
+            if link.outcome is not None:
+                return  # replaced or closed
+            link.threads += [deadline, builder]
+            deadline.start()
+            builder.start()
 
     def _build(self, link: _Link, deadline: threading.Timer) -> None:
         """Meet the peer and make sure of it; the deadline stands beside, for a meeting may hang."""
@@ -208,7 +213,7 @@ class Pairs:
             link.channel, link.outcome = channel, PairUp(c.prefill_incarnation, c.decode_incarnation, c.epoch)
             link.threads.append(channel.thread)
             channel.start()
-        self._notify(link.outcome)
+            self._notify(link.outcome)  # under the lock: the word of its end can't overtake it
 
     def _end(self, link: _Link, reason: str, *, permanent: bool = False) -> None:
         c = link.connect

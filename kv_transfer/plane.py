@@ -15,8 +15,8 @@ from kv_transfer.events import Notify
 from kv_transfer.frame import Entry
 from kv_transfer.pairs import PairKey, Pairs
 from kv_transfer.receiver import KVReceiver
+from kv_transfer.rendezvous import GroupRendezvous, Rendezvous
 from kv_transfer.sender import KVSender
-from kv_transfer.transport import GroupRendezvous, Rendezvous
 
 
 class KVPlane:

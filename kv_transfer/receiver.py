@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.clock import Clock
-from core.errors import TransferError
+from core.errors import IntegrityError, TransferError
 from core.ticket import AttemptKey, CommitRecord, Segment, SegmentRecord, Ticket, prefix_hash
 from engine.kv_storage import KVStorage
 from kernels.checksum import checksum
@@ -68,10 +68,16 @@ class KVReceiver:
     ) -> None:
         """Open a transfer into `block_ids`, whose positions of `skipped_prefix` are filled already.
 
-        Raises TransferError: `pair_down`, `stale_attempt`.
+        Raises TransferError: `pair_down`, `stale_attempt`; IntegrityError where the blocks are too few.
         """
-        self._pairs.check_receiving(ticket)
+        if num_tokens > len(block_ids) * self._storage.layout.block_size:
+            raise IntegrityError(f"{num_tokens} tokens do not fit into {len(block_ids)} blocks")
         self._open(ticket, ReceiveState.RESERVED, tuple(block_ids), num_tokens, skipped_prefix)
+        try:
+            self._pairs.check_receiving(ticket)  # not before: now the end of the pair finds the transfer, or is seen
+        except TransferError:
+            self.release(ticket.key)
+            raise
 
     def begin_local(self, ticket: Ticket) -> None:
         """Hold a lease for an attempt that needs no transfer. Raises TransferError `stale_attempt`."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.errors import TransferError
-from core.messages import AttemptFailed, Event, Prefill, Prefilled, Released, TransferStats
+from core.messages import AttemptFailed, Event, Prefill, Prefilled, Released
 from core.request import Request
 from core.ticket import AttemptKey, Ticket, engine_id
 from engine.plan import Plan, StepOutput
@@ -78,12 +78,14 @@ class PrefillHalf:
 
     def release(self, key: AttemptKey) -> None:
         """The router's Release: the decode side has everything."""
-        attempt, stats = self._attempts.get(engine_id(key)), self.drop(key)
+        attempt, stats = self._attempts.get(engine_id(key)), self._sender.release(key)
+        self.drop(key)
         if attempt is not None:
             attempt.emit(Released(key, stats))
 
-    def drop(self, key: AttemptKey) -> TransferStats | None:
+    def drop(self, key: AttemptKey) -> None:
         """Stop sending and free the blocks. Idempotent, legal in every state."""
         self._attempts.pop(engine_id(key), None)
         self._scheduler.release(engine_id(key))
-        return self._sender.release(key)
+        self._sender.cancel(key)  # first, so that `release` does not wait for what is under way
+        self._sender.release(key)

@@ -124,8 +124,10 @@ def pair(
     assert plane_threads() == []
 
 
-def plane_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")]
+def plane_threads(*, but: str = "none") -> list[str]:
+    """Names of the threads of all planes, but those that begin with `but`."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("kv-") and not name.startswith(but)]
 
 
 class Transfer:
@@ -142,7 +144,7 @@ class Transfer:
         ticket: Ticket | None = None,
     ) -> None:
         self.prefill, self.decode, self.num_tokens, self.num_skipped = prefill, decode, num_tokens, num_skipped
-        self.token_ids = [random.Random(num_tokens).randrange(1000) for _ in range(num_tokens)]
+        self.token_ids = random.Random(num_tokens).choices(range(1000), k=num_tokens)
         self.ticket = ticket or tickets(prefill.name, decode.name, epoch)
         self.source, self.target = prefill.take_blocks(num_tokens), decode.take_blocks(num_tokens)
 

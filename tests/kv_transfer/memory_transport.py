@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.errors import TransferError
 from core.messages import Connect
-from kv_transfer.transport import SENDER
+from kv_transfer.rendezvous import SENDER
 
 Damage = Callable[[Tensor], Tensor]
 """What comes of a message of bytes on its way."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.clock import ManualClock
-from core.errors import TransferError
+from core.errors import IntegrityError, TransferError
 from core.messages import PairDown
 from core.ticket import CommitRecord
 from kernels.checksum import checksum
@@ -301,12 +301,22 @@ def test_a_failure_of_ours_in_a_channel_takes_it_down_and_is_shown(
     shown: list[object] = []
     monkeypatch.setattr("threading.excepthook", shown.append)
     prefill.plane.sender.begin(transfer.ticket)
-    decode.plane.receiver.begin(transfer.ticket, transfer.target[:1], 9)  # fewer blocks than tokens
+    decode.plane.receiver.begin(transfer.ticket, (decode.storage.num_blocks,) * 3, 9)  # blocks that do not exist
     transfer.push()
     for worker in both:
         assert worker.expect(TransferFailed).reason == "pair_down"
         assert worker.expect(PairDown).epoch == 1
     assert len(shown) == 1
+    transfer.release()
+
+
+def test_blocks_that_cannot_hold_the_prompt_are_refused_before_anything_is_held(both: tuple[Worker, Worker]) -> None:
+    prefill, decode = both
+    transfer = Transfer(prefill, decode, 9)
+    with pytest.raises(IntegrityError, match="9 tokens do not fit into 2 blocks"):
+        decode.plane.receiver.begin(transfer.ticket, transfer.target[:2], 9)
+    decode.plane.check_integrity()
+    transfer.complete()
     transfer.release()
 
 

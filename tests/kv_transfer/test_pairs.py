@@ -46,13 +46,13 @@ def workers(config: TransferConfig, *shapes: KVLayout) -> Iterator[list[Worker]]
         yield made
 
 
-def no_thread_is_left() -> bool:
-    """True as soon as the plane's threads are gone; each says goodbye within the wait."""
+def no_pair_is_left() -> bool:
+    """True as soon as the threads of pairs are gone; each says goodbye within the wait."""
     ends_at = time.monotonic() + WAIT_S
     for thread in threading.enumerate():
-        if thread.name.startswith("kv-"):
+        if thread.name in plane_threads(but="kv-welcome"):
             thread.join(max(0.0, ends_at - time.monotonic()))
-    return plane_threads() == []
+    return plane_threads(but="kv-welcome") == []
 
 
 def test_layouts_that_differ_never_pair() -> None:
@@ -61,7 +61,7 @@ def test_layouts_that_differ_never_pair() -> None:
         prefill.plane.connect(to_prefill)
         down = prefill.expect(PairDown)
         assert down == PairDown("w0", "w1", 1, "num_layers: 3 on one side, 4 on the other", permanent=True)
-        assert plane_threads() == []
+        assert no_pair_is_left()
 
 
 def test_a_pair_of_others_is_refused_for_good() -> None:
@@ -88,10 +88,10 @@ def test_a_peer_that_does_not_come_is_given_up_in_time(side: int) -> None:
         worker.plane.connect(connects(prefill, decode, 1)[side])
         assert not worker.expect(PairDown).permanent
         assert time.monotonic() - started_at < HASTY.connect_timeout_s + 1.0
-        assert no_thread_is_left()
+        assert no_pair_is_left()
 
 
-def test_a_store_that_is_gone_is_known_at_once() -> None:
+def test_a_peer_that_does_not_listen_is_known_at_once() -> None:
     with workers(QUICK, layout()) as (worker,), socket.create_server((HOST, 0)) as server:
         address = f"{HOST}:{server.getsockname()[1]}"
         server.close()
@@ -108,15 +108,49 @@ def test_an_address_that_is_none_takes_the_pair_down(address: str) -> None:
         assert "can't be reached" in worker.expect(PairDown).reason
 
 
-def test_a_store_that_says_nothing_does_not_hold_the_answer_up() -> None:
+def test_a_peer_that_says_nothing_is_given_up_in_time() -> None:
     """The address of a process that is stopped: the system takes the connection, nobody answers."""
-    with socket.create_server((HOST, 0)) as stopped:
-        with workers(HASTY, layout()) as (worker,):
-            worker.plane.connect(Connect("w0", "d", 1, f"{HOST}:{stopped.getsockname()[1]}", layout()))
-            assert "did not come within 0.5 s" in worker.expect(PairDown).reason
-            for _ in range(2):  # the probe and the store's own: ending them ends the thread
-                stopped.accept()[0].close()
-    assert no_thread_is_left()
+    with workers(HASTY, layout()) as (worker,), socket.create_server((HOST, 0)) as stopped:
+        worker.plane.connect(Connect("w0", "d", 1, f"{HOST}:{stopped.getsockname()[1]}", layout()))
+        assert "did not come" in worker.expect(PairDown).reason
+        assert no_pair_is_left()
+
+
+def test_closing_wakes_who_still_waits_for_a_peer() -> None:
+    patient = TransferConfig(connect_timeout_s=60)
+    with workers(patient, layout(), layout()) as (prefill, decode), socket.create_server((HOST, 0)) as stopped:
+        decode.plane.connect(connects(prefill, decode, 1)[1])
+        prefill.plane.connect(Connect("w0", "d", 1, f"{HOST}:{stopped.getsockname()[1]}", layout()))
+        stopped.accept()  # it has come, and waits to be answered
+        started_at = time.monotonic()
+        for worker in (prefill, decode):
+            worker.plane.close()
+        assert time.monotonic() - started_at < 5.0
+        assert plane_threads() == []
+
+
+def test_a_sender_may_come_before_the_receiver_has_heard_of_the_pair() -> None:
+    with workers(QUICK, layout(), layout()) as (prefill, decode):
+        to_prefill, to_decode = connects(prefill, decode, 1)
+        prefill.plane.connect(to_prefill)
+        with pytest.raises(queue.Empty):
+            prefill.events.get(timeout=0.1)
+        decode.plane.connect(to_decode)
+        for worker in (prefill, decode):
+            worker.expect(PairUp)
+
+
+def test_strangers_at_the_door_do_not_keep_a_pair_out() -> None:
+    with workers(QUICK, layout(), layout()) as (prefill, decode), ExitStack() as strangers:
+        host, _, port = decode.plane.address.rpartition(":")
+        for greeting in (b"GET / HTTP/1.1\r\n\r\n", b"", b"x" * 5):
+            stranger = strangers.enter_context(socket.create_connection((host, int(port)), WAIT_S))
+            stranger.sendall(greeting)
+        socket.create_connection((host, int(port)), WAIT_S).close()
+        connect(prefill, decode)
+        transfer = Transfer(prefill, decode, 5)
+        transfer.complete()
+        transfer.release()
 
 
 def test_the_same_connect_again_repeats_the_answer_and_keeps_the_channel() -> None:

@@ -1,0 +1,178 @@
+"""Where the two workers of a pair meet, to become a process group of two."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import socket
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+
+from core.errors import TransferError
+from core.messages import Connect
+from kv_transfer.config import TransferConfig
+from kv_transfer.pair_store import PairStore, dist, receive_exactly
+from kv_transfer.transport import ProcessGroupTransport, Transport, first_sentence, wants_nccl
+
+log = logging.getLogger(__name__)
+
+SENDER, RECEIVER = 0, 1
+"""Ranks of the two workers of a pair."""
+MAX_VISITORS = 256
+"""Senders that may wait for this worker to hear of their pair."""
+GREETING_TIMEOUT_S = 1.0
+"""For a visitor to say which pair it is of; the next one waits behind it."""
+_NAME_BYTES = 16
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_WATCHDOG_TIMEOUT = timedelta(days=1)  # of torch's NCCL watchdog, which would end the process: our own comes first
+
+
+class Rendezvous(Protocol):
+    """Where workers find each other."""
+
+    address: str
+    """host:port to which the senders of this worker's pairs come."""
+
+    def meet(self, connect: Connect, rank: int) -> Transport:
+        """Blocks until the peer has come; TransferError `pair_down` where it does not within `connect_timeout_s`."""
+
+    def close(self) -> None:
+        """Nobody can come any more, and who waits for somebody fails; pairs that stand go on."""
+
+
+class GroupRendezvous:
+    """The sender of a pair comes to the receiver's address, and both make process groups of two. Thread-safe.
+
+    Two sockets of our own instead of torch's TCPStore: that one looks every address up in the DNS, which takes seconds
+    where a name server does not answer, and its constructor can't be interrupted. Listens on `host` alone. Raises
+    ConfigError where NCCL is asked for and can't be had.
+    """
+
+    def __init__(self, host: str, device: torch.device, config: TransferConfig) -> None:
+        self._host, self._device, self._timeout_s = host, device, config.connect_timeout_s
+        self._with_nccl = wants_nccl(config.backend, device, hasattr(dist, "ProcessGroupNCCL"))
+        self._changed = threading.Condition()
+        self._visitors: OrderedDict[bytes, socket.socket] = OrderedDict()  # by the name of their pair
+        self._meetings: set[socket.socket] = set()
+        self._closed = False
+        self._server = socket.create_server((host, 0), backlog=MAX_VISITORS)
+        self.address = f"{host}:{self._server.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._welcome, name="kv-welcome", daemon=True)
+        self._thread.start()
+
+    def meet(self, connect: Connect, rank: int) -> Transport:
+        try:
+            connection = self._visit(connect) if rank == SENDER else self._await(connect)
+        except (OSError, ValueError) as error:
+            raise TransferError("pair_down", f"{connect.store_address} can't be reached: {error}") from error
+        try:
+            with self._meeting(connection):
+                return self._transport(connection, rank)
+        except (OSError, RuntimeError) as error:
+            raise TransferError("pair_down", f"the peer did not come: {first_sentence(error)}") from error
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            for connection in (*self._visitors.values(), *self._meetings, self._server):
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it, which closes it
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _visit(self, connect: Connect) -> socket.socket:
+        host, _, port = connect.store_address.rpartition(":")
+        connection = socket.create_connection((host, int(port)), self._timeout_s)
+        connection.sendall(_name(connect))
+        return connection
+
+    def _await(self, connect: Connect) -> socket.socket:
+        name = _name(connect)
+        with self._changed:
+            self._changed.wait_for(lambda: name in self._visitors or self._closed, self._timeout_s)
+            if (connection := self._visitors.pop(name, None)) is None:
+                raise TransferError("pair_down", f"the peer did not come within {self._timeout_s:g} s")
+            return connection
+
+    def _welcome(self) -> None:
+        """Take everybody in who says for which pair it has come. A thread's work, until `close`."""
+        with self._server:
+            while not self._closed:
+                try:
+                    self._take_in(self._server.accept()[0])
+                except OSError as error:
+                    log.debug("a visitor is lost: %s", error)
+                    if error.errno in _NO_DESCRIPTORS:
+                        with self._changed:
+                            self._changed.wait_for(lambda: self._closed, GREETING_TIMEOUT_S)
+        with self._changed:
+            for connection in self._visitors.values():
+                connection.close()
+            self._visitors.clear()
+
+    def _take_in(self, connection: socket.socket) -> None:
+        try:
+            connection.settimeout(GREETING_TIMEOUT_S)
+            name = receive_exactly(connection, _NAME_BYTES)
+        except BaseException:
+            connection.close()
+            raise
+        with self._changed:
+            left = [self._visitors.pop(name, None)]
+            self._visitors[name] = connection
+            if len(self._visitors) > MAX_VISITORS:
+                left.append(self._visitors.popitem(last=False)[1])
+            self._changed.notify_all()
+        for older in left:
+            if older is not None:
+                older.close()
+
+    @contextlib.contextmanager
+    def _meeting(self, connection: socket.socket) -> Iterator[None]:
+        """`close` ends it."""
+        with self._changed:
+            if self._closed:
+                connection.close()
+            self._meetings.add(connection)
+        try:
+            yield
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            with self._changed:
+                self._meetings.discard(connection)
+
+    def _transport(self, connection: socket.socket, rank: int) -> ProcessGroupTransport:
+        store = PairStore(connection, self._timeout_s)
+        gloo = self._gloo_group(dist.PrefixStore("gloo", store), rank)
+        if not self._with_nccl:
+            connection.close()
+            return ProcessGroupTransport(gloo, None, 1 - rank, self._device)
+        nccl = self._nccl_group(dist.PrefixStore("nccl", store), rank)
+        return ProcessGroupTransport(gloo, nccl, 1 - rank, self._device, keep=store)
+
+    def _gloo_group(self, store: Any, rank: int) -> Any:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
+        options._timeout = timedelta(seconds=self._timeout_s)
+        options._threads = 1
+        return dist.ProcessGroupGloo(store, rank, 2, options)
+
+    def _nccl_group(self, store: Any, rank: int) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = _WATCHDOG_TIMEOUT
+        return dist.ProcessGroupNCCL(store, rank, 2, options)
+
+
+def _name(connect: Connect) -> bytes:
+    """What the two sides of a pair call it: 16 bytes."""
+    text = f"{connect.prefill_incarnation}\n{connect.decode_incarnation}\n{connect.epoch}"
+    return hashlib.blake2b(text.encode(), digest_size=_NAME_BYTES).digest()
