@@ -136,6 +136,17 @@ def test_a_pair_that_is_not_its_own_is_down_for_good(worker: Running, router: Ro
     assert (down.prefill_incarnation, down.decode_incarnation, down.permanent) == ("x", "y", True)
 
 
+def test_a_later_attempt_ends_an_earlier_one_even_where_it_can_t_begin(router: Router) -> None:
+    """The router has given the earlier one up, whatever becomes of the later."""
+    name = new_name()
+    router.say(Prefill(local(name), work(prompt_of(20), ENDLESS)))
+    router.next(Prefilled, (name, 1))
+    router.say(Reserve(Ticket("request", 2, name, "other", "m", 1), work(prompt_of(20))))
+    assert router.failure((name, 1)) == "stale_attempt"
+    assert router.failure((name, 2)) == "pair_down"
+    router.until_idle()
+
+
 # ---- leases
 
 
