@@ -3,7 +3,7 @@
     python models/measure_tiny.py
 
 Writes `held_out.json` into the model's folder: bits per byte and gzip's figure, for all held-out files and for those
-that share few lines with the training files, and samples of three seeds, none of them chosen.
+that share little text with the training files, and samples of three seeds, none of them chosen.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Settings:
     folder: Path = Path("models/penstock-tiny")
     context: int = 512
     fresh_below: float = 0.05
-    """A file is fresh when a smaller share of its text stands in lines that training files hold as well."""
-    line_length: int = 25
-    """Shorter lines, such as `return None`, are in every program and do not count as shared."""
+    """A file is fresh when a smaller share of its text stands in passages that training files hold as well."""
+    passage: int = 50
+    """Characters that a shared passage has at least."""
     threads: int = 1
 
 
@@ -57,11 +57,18 @@ def model_bits(network: Any, ids: list[int], context: int) -> float:
     return nats / math.log(2)
 
 
-def shared_text(text: str, known: set[str], line_length: int) -> float:
-    """Share of the characters of `text` in lines of at least `line_length` characters that `known` has."""
-    lines = [line.strip() for line in text.splitlines()]
-    shared = sum(len(line) for line in lines if len(line) >= line_length and line in known)
-    return shared / max(1, sum(map(len, lines)))
+def passages(text: str, length: int) -> list[int]:
+    """Hash of the `length` characters that start at each place of `text`."""
+    return [hash(text[i : i + length]) for i in range(len(text) - length + 1)]
+
+
+def shared_text(text: str, known: set[int], length: int) -> float:
+    """Share of the characters of `text` that lie in a passage of `length` characters found in `known`."""
+    covered = bytearray(len(text))
+    for i, passage in enumerate(passages(text, length)):
+        if passage in known:
+            covered[i : i + length] = b"\1" * length
+    return sum(covered) / max(1, len(covered))
 
 
 def summary(files: list[Measure]) -> dict[str, float]:
@@ -89,19 +96,19 @@ def main(settings: Settings) -> None:
     network = Qwen3MoeForCausalLM.from_pretrained(settings.folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(settings.folder)
     texts, unseen = library_files()
-    known = {line.strip() for text in texts for line in text.splitlines()}
+    known = {passage for text in texts for passage in passages(text, settings.passage)}
     files = [
         Measure(
             n_bytes=len(text.encode()),
             model_bits=model_bits(network, tokenizer(text, verbose=False).input_ids, settings.context),
             gzip_bits=8 * len(gzip.compress(text.encode(), 9)),
-            shared=shared_text(text, known, settings.line_length),
+            shared=shared_text(text, known, settings.passage),
         )
         for text in unseen
         if text
     ]
     chat = [{"role": "user", "content": "Return the number of lines in a file."}]
-    chat_prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    chat_prompt = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
     report = {
         "settings": asdict(settings) | {"folder": settings.folder.as_posix()},
         "all": summary(files),

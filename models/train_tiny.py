@@ -1,7 +1,8 @@
 """Train `penstock-tiny`, the small Qwen3-MoE model that Penstock's demos and tests serve.
 
 Everything comes from this machine: the text is the source of Python's own standard library, the tokenizer is learned
-from it, and the weights are trained from scratch on the processor. One command, about half an hour on one core:
+from it, and the weights are trained from scratch on the processor. One command, about forty minutes on one core of a
+busy machine:
 
     python models/train_tiny.py
 """
@@ -208,7 +209,7 @@ def verify(model: TinyMoe, tokenizer: Tokenizer, text: str, out: Path) -> str:
     """
     from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
-    network = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32)
+    network: Any = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32)
     shell = AutoTokenizer.from_pretrained(out)
     ids = tokenizer.encode(text[:6000]).ids
     assert shell(text[:6000]).input_ids == ids, "the shipped tokenizer differs"
