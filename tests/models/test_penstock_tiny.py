@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -30,10 +31,10 @@ def held_out() -> list[str]:
     """The beginnings of this interpreter's modules that training does not touch."""
     sys.path.insert(0, str(MODELS))
     try:
-        from tiny_data import library_files
+        data = importlib.import_module("tiny_data")  # a script's module, of no package
     finally:
         sys.path.remove(str(MODELS))
-    _, texts = library_files()
+    _, texts = data.library_files()
     return [text[:NUM_BYTES] for text in sorted(texts, key=len)[-8:]]
 
 
@@ -44,7 +45,7 @@ def test_it_is_small() -> None:
 
 @torch.inference_mode()
 def test_it_needs_few_bits_for_code_that_it_has_not_seen(network: Any, held_out: list[str]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer: Any = AutoTokenizer.from_pretrained(TINY)
     bits = num_bytes = zipped = 0.0
     for text in held_out:
         ids = torch.tensor([[0, *tokenizer(text).input_ids[:511]]])
@@ -59,7 +60,7 @@ def test_it_needs_few_bits_for_code_that_it_has_not_seen(network: Any, held_out:
 
 @torch.inference_mode()
 def test_a_completion_looks_like_python(network: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer: Any = AutoTokenizer.from_pretrained(TINY)
     ids = tokenizer("def __init__(self", return_tensors="pt").input_ids
     output = network.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)
     lines = tokenizer.decode(output[0]).splitlines()
