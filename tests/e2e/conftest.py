@@ -42,9 +42,11 @@ class Serving:
             return client.server_info()
 
     def pid(self, worker_id: str) -> int:
-        """The process that listens where the worker says it does."""
-        address = next(w.address for w in self.info().workers if w.worker_id == worker_id and w.connected)
-        port = int(address.rpartition(":")[2])
+        """The process that listens where the worker says it does. Raises LookupError while the worker is away."""
+        addresses = [w.address for w in self.info().workers if w.worker_id == worker_id and w.connected]
+        if not addresses:
+            raise LookupError(worker_id)
+        port = int(addresses[0].rpartition(":")[2])
         for process in [*psutil.Process(self.process.pid).children(recursive=True), *psutil.process_iter()]:
             try:
                 if any(c.status == "LISTEN" and c.laddr.port == port for c in process.net_connections("tcp")):

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-import psutil
 import pytest
 
 from penstock import AsyncClient, PenstockError
@@ -68,7 +67,7 @@ async def faults(serving: Serving, until: float, outcomes: Counter[str]) -> None
     while time.monotonic() < until:
         await asyncio.sleep(rng.uniform(4, 10))  # the pace of the faults is what is being set here
         victim = rng.choice(WORKERS)
-        with contextlib.suppress(StopIteration, LookupError, psutil.NoSuchProcess):  # it is down already
+        with contextlib.suppress(LookupError, ProcessLookupError):  # it is down already
             pid = await asyncio.to_thread(serving.pid, victim)
             if rng.random() < 0.5:
                 os.kill(pid, signal.SIGKILL)
