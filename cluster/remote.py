@@ -91,14 +91,15 @@ def _print_status(info: Any) -> None:
         f"[b]{info.model}[/b]  version {info.version}  up {info.uptime_s:.0f} s  "
         f"queued {info.num_queued}  running {info.num_running}"
     )
-    workers = Table("worker", "role", "state", "running", "waiting", "free blocks", "device", "address")
+    workers = Table("worker", "role", "state", "runs", "waits", "free blocks", "device", "address", box=None)
     for w in info.workers:
         state = "draining" if w.draining else "connected" if w.connected else "lost"
-        blocks = f"{w.num_free_blocks} of {w.num_blocks}"
+        blocks = f"{w.num_free_blocks}/{w.num_blocks}"
         workers.add_row(w.worker_id, w.role, state, str(w.num_running), str(w.num_waiting), blocks, w.device, w.address)
     console.print(workers)
     if info.pairs:
-        pairs = Table("prefill", "decode", "epoch", "channel")
+        console.print()
+        pairs = Table("prefill", "decode", "epoch", "channel", box=None)
         for p in info.pairs:
             pairs.add_row(p.prefill_worker, p.decode_worker, str(p.epoch), "up" if p.up else f"down: {p.reason}")
         console.print(pairs)
