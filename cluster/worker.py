@@ -104,15 +104,23 @@ class Worker:
         self._inbox.put(message)
 
     def run(self) -> None:
-        """Turn until stopped or drained. Raises the error of the last step where too many fail in a row."""
+        """Turn until stopped or drained; the sessions end with it.
+
+        Raises the error of the last step where too many fail in a row.
+        """
         plan = Plan(())
-        while not self._stopped:
-            self._take_messages(wait=not plan)
-            plan = self._engine.scheduler.schedule()
-            if plan and (result := self._run_step(plan)):
-                self._publish(self._engine.scheduler.update(plan, result))
-            self._expire()
+        try:
+            while not self._stopped:
+                self._take_messages(wait=not plan)
+                plan = self._engine.scheduler.schedule()
+                if plan and (result := self._run_step(plan)):
+                    self._publish(self._engine.scheduler.update(plan, result))
+                self._expire()
+                self._flush()
+        finally:
             self._flush()
+            for session in self._sessions:
+                session.close()
 
     # ---- one turn
 

@@ -51,7 +51,8 @@ WAIT_S = 20.0
 MODEL = Path(__file__).resolve().parents[2] / "models" / "penstock-tiny"
 CONFIG = EngineConfig(num_blocks=64, max_num_batched_tokens=64, max_num_seqs=8, num_threads=1, device="cpu")
 """1024 positions; prompts beyond 64 tokens take several steps."""
-TRANSFER = TransferConfig(keepalive_s=0.2)
+TRANSFER = TransferConfig(lease_s=120.0, silence_timeout_s=30.0, keepalive_s=0.2)
+"""Nothing ends because the machine is busy."""
 
 E = TypeVar("E")
 _names = itertools.count()
@@ -199,6 +200,8 @@ class Router:
         while finish is None:
             sequence = next((s for s in self._sequences() if s.key == key), None)
             if sequence is None:
+                failures = [e for e in self._events if isinstance(e, AttemptFailed) and e.key == key]
+                assert not failures, failures
                 seen = len(self._events)
                 self.until(lambda seen=seen: len(self._events) > seen)  # type: ignore[misc]
                 continue
@@ -211,6 +214,13 @@ class Router:
 
     def until_load(self, condition: Callable[[Load], bool]) -> None:
         self.until(lambda: self.load is not None and condition(self.load))
+
+    def until_end(self) -> None:
+        """Read what is left, until the worker has closed the session."""
+        deadline = time.monotonic() + WAIT_S
+        for message in self._messages:
+            assert time.monotonic() < deadline
+            self._events += message_from_wire(message).events
 
     def catch_up(self) -> None:
         """What was said before has been obeyed; `load` is what came of it."""

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import rpc
@@ -22,6 +22,7 @@ from router.rpc_events import WorkerMessage, message_from_wire, role_from_wire
 
 COMMANDS: tuple[type, ...] = get_args(Command)
 EVENTS: tuple[type, ...] = get_args(Event)
+SOME = settings(max_examples=30)
 WIDE = {"checksum", "num_bytes", "num_preemptions"}
 """Fields of 64 bits on the wire."""
 
@@ -70,6 +71,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
+@SOME
 @given(st.data())
 def test_a_worker_reads_the_command_that_a_router_wrote(kind: type, data: st.DataObject) -> None:
     command = data.draw(values(kind))
@@ -78,6 +80,7 @@ def test_a_worker_reads_the_command_that_a_router_wrote(kind: type, data: st.Dat
 
 
 @pytest.mark.parametrize("kind", EVENTS)
+@SOME
 @given(st.data())
 def test_a_router_reads_the_event_that_a_worker_wrote(kind: type, data: st.DataObject) -> None:
     event = data.draw(values(kind))

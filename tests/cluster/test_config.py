@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ClusterConfig, PoolConfig, from_json, load_config, to_json
@@ -261,6 +261,7 @@ configs = st.one_of(
 )
 
 
+@settings(max_examples=50)
 @given(configs)
 def test_json_gives_back_what_it_was_made_of(config: Any) -> None:
     text = to_json(config)

@@ -27,9 +27,9 @@ from core.messages import (
 )
 from core.request import FinishReason
 from core.ticket import Ticket
-from kv_transfer.config import TransferConfig
 from tests.cluster.running_worker import (
     CONFIG,
+    TRANSFER,
     WAIT_S,
     Router,
     Running,
@@ -40,7 +40,7 @@ from tests.cluster.running_worker import (
     work,
 )
 
-LEASE_S = TransferConfig().lease_s
+LEASE_S = TRANSFER.lease_s
 ENDLESS = 900
 """Tokens that take some seconds to write."""
 
@@ -213,8 +213,11 @@ def test_three_failed_steps_in_a_row_end_the_worker(worker: Running, router: Rou
         ticket = local()
         router.say(Prefill(ticket, work(prompt_of(20))))
         assert router.failure(ticket.key) == "internal"
-    router.say(Prefill(local(), work(prompt_of(20))))
+    last = local()
+    router.say(Prefill(last, work(prompt_of(20))))
     assert str(worker.wait()) == "third"
+    router.until_end()
+    assert router.failure(last.key) == "internal"
     assert worker.engine.pool.num_free_blocks == CONFIG.num_blocks
 
 
@@ -250,6 +253,7 @@ def test_an_idle_worker_drains_at_once(worker: Running, router: Router, clock: M
     drain(worker, router, 30.0)
     clock.advance(1.0)
     router.next(Drained)
+    router.until_end()
     assert worker.wait() is None
 
 
