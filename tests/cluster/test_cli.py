@@ -225,7 +225,7 @@ def test_status_shows_workers_and_why_a_pair_is_down(server: FakeServer, capsys:
     server.answers.server = pb.GetServerInfoResponse(model="tiny", workers=[PREFILL, DECODE, LOST], pairs=[DOWN])
     assert main(["status", "--target", server.target]) == 1
     out = capsys.readouterr().out
-    for text in ("tiny", "prefill-0", "decode-0", "6 of 8", "lost", "down: no peer"):
+    for text in ("tiny", "prefill-0", "decode-0", "6/8", "lost", "down: no peer"):
         assert text in out
 
 
