@@ -8,17 +8,21 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import psutil
 import pytest
+import torch
 
 from core.errors import TransferError
 from core.kv_layout import KVLayout
 from core.messages import Connect, PairDown, PairUp
+from core.ticket import AttemptKey, Ticket
+from engine.kv_storage import KVStorage
 from kv_transfer.config import TransferConfig
-from kv_transfer.events import TransferFailed, TransferReady
+from kv_transfer.events import KVEvent, TransferFailed, TransferReady
+from kv_transfer.plane import KVPlane
 from tests.kv_transfer.harness import (
     HOST,
     QUICK,
@@ -32,15 +36,16 @@ from tests.kv_transfer.harness import (
     plane_threads,
     tickets,
 )
+from tests.kv_transfer.memory_transport import MemoryNetwork
 
 HASTY = TransferConfig(connect_timeout_s=0.5, silence_timeout_s=1.0, keepalive_s=0.2)
 
 
 @contextmanager
-def workers(config: TransferConfig, *shapes: KVLayout) -> Iterator[list[Worker]]:
+def workers(config: TransferConfig, *shapes: KVLayout, network: MemoryNetwork | None = None) -> Iterator[list[Worker]]:
     """Workers w0, w1, ..., not connected."""
     with ExitStack() as stack:
-        made = [Worker(f"w{i}", shape, config) for i, shape in enumerate(shapes)]
+        made = [Worker(f"w{i}", shape, config, network=network) for i, shape in enumerate(shapes)]
         for worker in made:
             stack.callback(worker.plane.close)
         yield made
@@ -210,6 +215,60 @@ def test_the_end_of_one_pair_does_not_touch_another() -> None:
         assert prefill.silent()
 
 
+def test_what_has_come_completely_outlives_its_pair() -> None:
+    with pair() as (prefill, decode):
+        whole, partial = Transfer(prefill, decode, 8), Transfer(prefill, decode, 8)
+        whole.complete()
+        partial.begin()
+        partial.push(layers=[0])
+        connect_again(prefill, decode, 2, lost=[partial.key])
+        assert prefill.plane.sender.release(whole.key) is not None
+        assert whole.arrived()
+        whole.release()
+        partial.release()
+
+
+def test_the_word_of_a_pairs_end_never_overtakes_that_of_its_beginning() -> None:
+    """A channel that breaks while its PairUp is being told."""
+    network = MemoryNetwork()
+    told: list[KVEvent] = []
+    down = threading.Event()
+
+    def notify(event: KVEvent) -> None:
+        if isinstance(event, PairUp):
+            network.to_receiver[1].break_()
+            assert not down.wait(0.2)
+        told.append(event)
+        if isinstance(event, PairDown):
+            down.set()
+
+    with workers(QUICK, layout(), network=network) as (prefill,):
+        storage = KVStorage(layout(), 1, torch.device("cpu"))
+        rendezvous = network.rendezvous("d", QUICK.connect_timeout_s)
+        plane = KVPlane("d", storage, HOST, QUICK, time.monotonic, notify, rendezvous)
+        plane.connect(Connect("w0", "d", 1, "", layout()))
+        prefill.plane.connect(Connect("w0", "d", 1, "", layout()))
+        assert down.wait(WAIT_S)
+        plane.close()
+    assert [type(event) for event in told] == [PairUp, PairDown]
+
+
+def test_a_transfer_that_begins_while_its_pair_ends_is_not_forgotten() -> None:
+    with pair() as (_, decode):
+        receiver, ticket = decode.plane.receiver, tickets("p", "d", 1)
+        check = decode.plane._pairs.check_receiving
+
+        def check_at_the_last_moment(ticket: Ticket) -> None:
+            check(ticket)
+            receiver.on_pair_down(("p", "d"), 1, "the peer went away")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode.plane._pairs, "check_receiving", check_at_the_last_moment)
+            receiver.begin(ticket, decode.take_blocks(4), 4)
+        assert decode.expect(TransferFailed).key == ticket.key
+        receiver.release(ticket.key)
+
+
 @pytest.mark.parametrize("closing", [0, 1])
 def test_who_closes_is_noticed_and_told_once(closing: int) -> None:
     with pair() as both:
@@ -262,10 +321,11 @@ def test_pairs_leave_neither_sockets_nor_threads_behind() -> None:
         assert process.num_threads() < before[1] + 20
 
 
-def connect_again(prefill: Worker, decode: Worker, epoch: int) -> None:
+def connect_again(prefill: Worker, decode: Worker, epoch: int, lost: Sequence[AttemptKey] = ()) -> None:
     for worker, command in zip((prefill, decode), connects(prefill, decode, epoch), strict=True):
         worker.plane.connect(command)
     for worker in (prefill, decode):
+        assert [worker.expect(TransferFailed).key for _ in lost] == list(lost)
         assert worker.expect(PairDown).epoch < epoch
         assert worker.expect(PairUp).epoch == epoch
 
