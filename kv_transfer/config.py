@@ -15,7 +15,7 @@ class TransferConfig:
     """All durations in seconds, on the clock of the worker that waits."""
 
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """What carries the payload; auto is nccl between GPUs and gloo otherwise."""
+    """What carries the payload; auto is nccl between two GPUs and gloo otherwise, also where both share one GPU."""
     lease_s: float = 5.0
     """How long a worker holds blocks for a router that does not renew its interest."""
     progress_timeout_s: float = 30.0

@@ -57,6 +57,7 @@ class GroupRendezvous:
 
     def __init__(self, host: str, device: torch.device, config: TransferConfig) -> None:
         self._host, self._device, self._timeout_s = host, device, config.connect_timeout_s
+        self._backend = config.backend
         self._with_nccl = wants_nccl(config.backend, device, hasattr(dist, "ProcessGroupNCCL"))
         self._changed = threading.Condition()
         self._visitors: OrderedDict[bytes, socket.socket] = OrderedDict()  # by the name of their pair
@@ -153,11 +154,24 @@ class GroupRendezvous:
     def _transport(self, connection: socket.socket, rank: int) -> ProcessGroupTransport:
         store = PairStore(connection, self._timeout_s)
         gloo = self._gloo_group(dist.PrefixStore("gloo", store), rank)
-        if not self._with_nccl:
+        if not self._agree_on_nccl(store, rank):
             connection.close()
             return ProcessGroupTransport(gloo, None, 1 - rank, self._device)
         nccl = self._nccl_group(dist.PrefixStore("nccl", store), rank)
         return ProcessGroupTransport(gloo, nccl, 1 - rank, self._device, keep=store)
+
+    def _agree_on_nccl(self, store: PairStore, rank: int) -> bool:
+        """Both sides must offer a GPU, and not the same: NCCL does not join two processes on one."""
+        store.set(f"gpu/{rank}", ours := self._gpu())
+        theirs = store.get(f"gpu/{1 - rank}")
+        agreed = bool(ours and theirs and ours != theirs)
+        if self._backend == "nccl" and not agreed:
+            raise TransferError("pair_down", "NCCL is asked for, and the two do not have a GPU each")
+        return agreed
+
+    def _gpu(self) -> bytes:
+        """What names this worker's GPU, on any machine; empty where it won't use NCCL."""
+        return str(torch.cuda.get_device_properties(self._device).uuid).encode() if self._with_nccl else b""
 
     def _gloo_group(self, store: Any, rank: int) -> Any:
         options = dist.ProcessGroupGloo._Options()
