@@ -54,6 +54,11 @@ class Wire:
             self._held = held
             self.changed.notify_all()
 
+    def until_sending(self, timeout_s: float) -> bool:
+        """Whether something is on its way before `timeout_s`."""
+        with self.changed:
+            return self.changed.wait_for(lambda: self._message is not None, timeout_s)
+
     def break_(self) -> None:
         with self.changed:
             self.broken = True

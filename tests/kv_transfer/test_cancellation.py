@@ -67,9 +67,11 @@ def test_what_is_queued_does_not_leave_after_a_cancel(both: tuple[Worker, Worker
     prefill, decode = both
     network.to_receiver[1].hold(True)
     first, second = Transfer(prefill, decode, 10), Transfer(prefill, decode, 10)
-    for transfer in (first, second):
-        transfer.begin()
-        transfer.push()
+    first.begin()
+    first.push()
+    assert network.to_receiver[1].until_sending(WAIT_S)  # what comes from now on is not in its batch
+    second.begin()
+    second.push()
     before = decode.snapshot()
     prefill.plane.cancel(second.key)
     network.to_receiver[1].hold(False)

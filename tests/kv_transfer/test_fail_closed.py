@@ -154,6 +154,18 @@ def test_a_segment_that_does_not_fit_its_ticket_is_not_written(
     transfer.release()
 
 
+def test_a_segment_never_overwrites_the_prefix_that_is_there_already(both: tuple[Worker, Worker]) -> None:
+    prefill, decode = both
+    transfer = Transfer(prefill, decode, 9)
+    prefill.plane.sender.begin(transfer.ticket)
+    decode.plane.receiver.begin(transfer.ticket, transfer.target, 9, transfer.token_ids[:4])
+    before = decode.snapshot()
+    transfer.push(3, 9, layers=[0])
+    assert decode.expect(TransferFailed).reason == "unexpected_segment"
+    assert torch.equal(decode.snapshot(), before)
+    transfer.release()
+
+
 def test_a_segment_that_comes_twice_fails_the_transfer(both: tuple[Worker, Worker]) -> None:
     prefill, decode = both
     transfer = Transfer(prefill, decode, 9)

@@ -121,6 +121,13 @@ def test_a_drop_wakes_the_put_of_the_same_attempt() -> None:
     assert outbox.num_bytes == 100
 
 
+def test_what_is_not_wanted_is_not_queued_although_there_is_room() -> None:
+    outbox = Outbox(100, 100)
+    assert not outbox.put(outgoing(), WAIT_S, lambda: False)
+    assert outbox.take(0) == []
+    assert outbox.num_bytes == 0
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_closing_wakes_whoever_waits(full: bool) -> None:
     outbox = Outbox(100, 100)
