@@ -58,7 +58,6 @@ def embedded_library() -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
 
 
-@pytest.mark.skipif(not TINY.exists(), reason="the embedded model is not in this tree")
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), cuts=st.lists(st.integers(0, 4), max_size=40))
 def test_the_embedded_models_tokens_stream_to_their_full_decode(

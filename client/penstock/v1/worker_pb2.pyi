@@ -172,7 +172,7 @@ class WorkerHello(google.protobuf.message.Message):
     num_blocks: builtins.int
     max_model_len: builtins.int
     kv_address: builtins.str
-    """host:port of the store where pairs with this worker meet"""
+    """host:port where the senders of its pairs come to meet it"""
     device: builtins.str
     @property
     def layout(self) -> Global___KVLayout: ...
