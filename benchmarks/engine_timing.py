@@ -129,12 +129,12 @@ class Bench:
     def decode_steps(self, batch_size: int) -> Iterator[None]:
         """Each turn is a step of `batch_size` sequences, the first with the whole prompt before it."""
         first = [self.runner.run(self.whole_prompt(row)) for row in range(batch_size)]
-        tokens = {row: result.token_ids[str(row)] for row, result in enumerate(first)}
+        tokens = {row: result.drawn[str(row)].token_ids[0] for row, result in enumerate(first)}
         for position in range(len(self.prompt), 2 * len(self.prompt)):
             yield
             entries = tuple(self.entry(row, (token,), position) for row, token in tokens.items())
             result = self.runner.run(Plan(entries))
-            tokens = {row: result.token_ids[str(row)] for row in tokens}
+            tokens = {row: result.drawn[str(row)].token_ids[0] for row in tokens}
 
     @torch.inference_mode()
     def peer_prefill(self) -> None:
@@ -207,7 +207,7 @@ def tiny_row(device: torch.device, num_repeats: int) -> Row:
         token, blocks = 5, tuple(range(64))
         for position in range(32, 1000):
             result = engine.runner.run(Plan((PlanEntry("a", (token,), position, blocks, GREEDY),)))
-            token = result.token_ids["a"]
+            token = result.drawn["a"].token_ids[0]
             yield
 
     return Row.of("decode, penstock-tiny", 1 / seconds(4 * num_repeats, turn(steps()))[0], "tokens/s", 1000 / 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -58,6 +59,7 @@ class Request:
     num_computed_tokens: int = 0
     state: RequestState = RequestState.WAITING
     finish_reason: FinishReason | None = None
+    _packed: array[int] = field(default_factory=lambda: array("i"), repr=False)
 
     def __post_init__(self) -> None:
         if self.num_prompt_tokens < 0:
@@ -84,6 +86,11 @@ class Request:
         if end <= num_prompt:
             return self.prompt_token_ids[start:end]
         return self.prompt_token_ids[start:] + self.output_token_ids[max(0, start - num_prompt) : end - num_prompt]
+
+    def packed_token_ids(self) -> bytes:
+        """Tokens of prompt and output together, as int32. Kept from call to call, so only what is new is packed."""
+        self._packed.extend(self.token_ids(len(self._packed), self.num_tokens))
+        return self._packed.tobytes()
 
     def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
         """Take a drawn token; returns (and keeps) the reason if it ends the request."""

@@ -102,9 +102,9 @@ class DecodeHalf:
                 continue
             key, finish = attempt.ticket.key, output.finish_reason
             if attempt.ticket.local and len(output.request.output_token_ids) == 1:
-                attempt.emit(Prefilled(key, output.token_id, finish, None))
+                attempt.emit(Prefilled(key, output.token_ids[0], finish, None))
             else:
-                by_router.setdefault(attempt.emit, []).append(SequenceTokens(key, (output.token_id,), finish))
+                by_router.setdefault(attempt.emit, []).append(SequenceTokens(key, output.token_ids, finish))
             if finish is not None:
                 self.drop(key)
         for emit, sequences in by_router.items():

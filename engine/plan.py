@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from core.logprobs import TokenLogprobs
 from core.request import FinishReason, Request
 from core.sampling import SamplingParams
 
@@ -14,6 +15,9 @@ class PlanEntry:
 
     `block_ids[i]` holds positions [i * block_size, (i + 1) * block_size) of the request. Where `sampling` is set, the
     logits of the last token are sampled with it; the drawn token stands at position `start + len(token_ids)`.
+
+    The last `num_drafts` tokens are guesses of what will be drawn: then the token before them and each of them are
+    sampled, every one at its own position. The first draws that equal the guesses are taken, and one more.
     """
 
     request_id: str
@@ -23,6 +27,9 @@ class PlanEntry:
     sampling: SamplingParams | None
     num_output_tokens: int = 0
     """Output tokens drawn before this step: while below `min_tokens`, stop tokens can't be drawn."""
+    num_drafts: int = 0
+    history: bytes = b""
+    """All tokens of the request but the drafts, as int32, where `sampling` looks back at them."""
 
     @property
     def num_tokens(self) -> int:
@@ -50,16 +57,25 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """Tokens drawn by a step: request id to token id, one for each entry with `sampling`."""
+class Drawn:
+    """What a step drew for one entry: one token, or several where drafts were right. `logprobs`: one each, if asked."""
 
-    token_ids: dict[str, int]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Tokens drawn by a step, by request id: for each entry with `sampling`."""
+
+    drawn: dict[str, Drawn]
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step meant for one request that drew a token."""
+    """What a step meant for one request that drew tokens: those it took, up to its end if it came to that."""
 
     request: Request
-    token_id: int
+    token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()

@@ -36,8 +36,7 @@ class Runner:
         if not inputs.sampled:
             return StepResult({})
         logits = self._model.logits(hidden.index_select(0, inputs.sampled_rows))
-        token_ids = sample(logits, inputs.sampled)
-        return StepResult({e.request_id: token for e, token in zip(inputs.sampled, token_ids, strict=True)})
+        return StepResult(sample(logits, inputs.sampled))
 
 
 def _ignore(_layer: int) -> None:

@@ -3,32 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from core.sampling import SamplingParams
-from engine.plan import PlanEntry
+from engine.plan import Drawn, PlanEntry
 from kernels import philox, sampling
 
 
-def sample(logits: Tensor, entries: Sequence[PlanEntry]) -> list[int]:
-    """Draw the next token of each entry; every entry has `sampling`. logits: [B, V] float32, may be changed.
+def sample(logits: Tensor, entries: Sequence[PlanEntry]) -> dict[str, Drawn]:
+    """Draw the next tokens of each entry; every entry has `sampling`. By request id.
 
-    A token depends on its row of logits, the parameters, the seed, and its position: not on other rows, nor on what was
-    drawn before. Of equal logits the lower token id counts as the better. Greedy rows cost an argmax.
+    logits: [R, V] float32, may be changed: 1 + `num_drafts` rows of each entry, in order.
+
+    A token depends on its row of logits, the parameters, the seed, its position and, where parameters look back, the
+    tokens before it: not on other rows, nor on the step. Of equal logits the lower token id counts as the better.
+    Greedy rows cost an argmax.
     """
-    params = [_params(entry) for entry in entries]
-    _forbid_stop_tokens_(logits, entries, params)
-    random_rows = [row for row, p in enumerate(params) if not p.greedy]
+    rows = [_Row(entry, _params(entry), offset) for entry in entries for offset in range(entry.num_drafts + 1)]
+    tokens = iter(_draw_rows(logits, rows))
+    return {entry.request_id: _accept(entry, [next(tokens) for _ in range(entry.num_drafts + 1)]) for entry in entries}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of logits: what follows the first `offset` drafts of an entry."""
+
+    entry: PlanEntry
+    params: SamplingParams
+    offset: int
+
+    @property
+    def position(self) -> int:
+        """Where the drawn token stands."""
+        return self.entry.end - self.entry.num_drafts + self.offset
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.entry.num_output_tokens + self.offset
+
+
+def _accept(entry: PlanEntry, drawn: list[int]) -> Drawn:
+    """The draws that equal the drafts, up to the first that does not, and that one."""
+    drafts = entry.token_ids[len(entry.token_ids) - entry.num_drafts :]
+    num_right = next((i for i, draft in enumerate(drafts) if drawn[i] != draft), len(drafts))
+    return Drawn(tuple(drawn[: num_right + 1]))
+
+
+def _draw_rows(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
+    params, positions = [row.params for row in rows], [row.position for row in rows]
+    _forbid_stop_tokens_(logits, rows)
+    random_rows = [i for i, p in enumerate(params) if not p.greedy]
     if not random_rows:
         return logits.argmax(dim=-1).tolist()
-    positions = [entries[row].end for row in random_rows]
-    if len(random_rows) == len(entries):
+    if len(random_rows) == len(rows):
         return _draw(logits, params, positions).tolist()
     token_ids = logits.argmax(dim=-1)
-    rows = torch.tensor(random_rows, device=logits.device)
-    token_ids[rows] = _draw(logits.index_select(0, rows), [params[row] for row in random_rows], positions)
+    index = torch.tensor(random_rows, device=logits.device)
+    drawn = _draw(logits.index_select(0, index), [params[i] for i in random_rows], [positions[i] for i in random_rows])
+    token_ids[index] = drawn
     return token_ids.tolist()
 
 
@@ -37,19 +72,19 @@ def _params(entry: PlanEntry) -> SamplingParams:
     return entry.sampling
 
 
-def _forbid_stop_tokens_(logits: Tensor, entries: Sequence[PlanEntry], params: Sequence[SamplingParams]) -> None:
+def _forbid_stop_tokens_(logits: Tensor, rows: Sequence[_Row]) -> None:
     """Take the stop tokens from requests that have drawn fewer than `min_tokens`."""
     vocab_size = logits.shape[1]
     cells = [
-        (row, token_id)
-        for row, (entry, p) in enumerate(zip(entries, params, strict=True))
-        if entry.num_output_tokens < p.min_tokens
-        for token_id in p.stop_token_ids
+        (i, token_id)
+        for i, row in enumerate(rows)
+        if row.num_output_tokens < row.params.min_tokens
+        for token_id in row.params.stop_token_ids
         if token_id < vocab_size
     ]
     if cells:
-        rows, token_ids = torch.tensor(cells, device=logits.device).unbind(1)
-        logits[rows, token_ids] = float("-inf")
+        rows_, token_ids = torch.tensor(cells, device=logits.device).unbind(1)
+        logits[rows_, token_ids] = float("-inf")
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from core.errors import ConfigError, IntegrityError, InvalidRequestError
 from core.request import Request, RequestState
 from engine.block_pool import BlockPool
-from engine.plan import Plan, PlanEntry, StepOutput, StepResult
+from engine.plan import Drawn, Plan, PlanEntry, StepOutput, StepResult
 
 _NOTHING = Plan(entries=())
 
@@ -116,7 +116,7 @@ class Scheduler:
             raise IntegrityError(f"request {request_id} can't join: it is not reserved")
         request.num_computed_tokens = len(request.prompt_token_ids)
         request.advance(RequestState.RUNNING)
-        return self._take(request, first_token_id)
+        return self._take(request, Drawn((first_token_id,)))
 
     def schedule(self) -> Plan:
         """Begin a step. Falsy where there is nothing to compute: then there is nothing to update either."""
@@ -147,7 +147,9 @@ class Scheduler:
         for entry, request in self._end_step(plan):
             request.num_computed_tokens = entry.end
             if entry.sampling is not None:
-                outputs.append(self._take(request, result.token_ids[entry.request_id]))
+                drawn = result.drawn[entry.request_id]
+                request.num_computed_tokens += len(drawn.token_ids) - 1 - entry.num_drafts
+                outputs.append(self._take(request, drawn))
         return outputs
 
     def abandon(self, plan: Plan) -> list[Request]:
@@ -261,6 +263,7 @@ class Scheduler:
             block_ids=self._pool.table(request.request_id),
             sampling=request.sampling if end == known else None,
             num_output_tokens=known - request.num_prompt_tokens,
+            history=request.packed_token_ids() if end == known and request.sampling.looks_back else b"",
         )
 
     def _end_step(self, plan: Plan) -> list[tuple[PlanEntry, Request]]:
@@ -272,14 +275,17 @@ class Scheduler:
         self._pool.reclaim()
         return computed
 
-    def _take(self, request: Request, token_id: int) -> StepOutput:
-        """Append a drawn token, and move the request to where that brings it."""
-        finish_reason = request.append(token_id, self._max_model_len)
+    def _take(self, request: Request, drawn: Drawn) -> StepOutput:
+        """Append drawn tokens up to the one that ends the request, and move it to where that brings it."""
+        num_taken, finish_reason = 0, None
+        while finish_reason is None and num_taken < len(drawn.token_ids):
+            finish_reason = request.append(drawn.token_ids[num_taken], self._max_model_len)
+            num_taken += 1
         if finish_reason is not None:
             self._finish(request)
         elif request.request_id in self._prefill_only:
             request.advance(RequestState.HELD)
-        return StepOutput(request, token_id, finish_reason)
+        return StepOutput(request, drawn.token_ids[:num_taken], finish_reason, drawn.logprobs[:num_taken])
 
     def _finish(self, request: Request) -> None:
         request.advance(RequestState.FINISHED)

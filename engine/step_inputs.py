@@ -54,7 +54,7 @@ class StepInputs:
     sampled: tuple[PlanEntry, ...]
     """The entries that draw a token."""
     sampled_rows: Tensor
-    """[S] int64: the last row of each of them."""
+    """[S] int64: the rows they draw from, 1 + `num_drafts` of each."""
 
 
 def build_step_inputs(plan: Plan, block_size: int, vocab_size: int, device: torch.device) -> StepInputs:
@@ -74,7 +74,7 @@ def build_step_inputs(plan: Plan, block_size: int, vocab_size: int, device: torc
     sampled = [i for i, e in enumerate(entries) if e.sampling is not None]
     (tokens, positions, slots, sampled_rows), group_tables, context_lens, prefill_tables = _to_device(
         device,
-        [token_ids, *_places(decodes, prefills, block_size), ends[sampled] - 1],
+        [token_ids, *_places(decodes, prefills, block_size), _sampled_rows(entries, ends)],
         [_tables(group, block_size) for group in groups],
         [np.array([e.end for e in group]) for group in groups],
         [_tables([e], block_size)[0] for e in prefills],
@@ -95,6 +95,13 @@ def build_step_inputs(plan: Plan, block_size: int, vocab_size: int, device: torc
         sampled=tuple(entries[i] for i in sampled),
         sampled_rows=sampled_rows,
     )
+
+
+def _sampled_rows(entries: Sequence[PlanEntry], ends: Ints) -> Ints:
+    rows = [
+        np.arange(end - 1 - e.num_drafts, end) for e, end in zip(entries, ends, strict=True) if e.sampling is not None
+    ]
+    return np.concatenate([np.empty(0, np.int64), *rows])
 
 
 def _num_blocks(entry: PlanEntry, block_size: int) -> int:

@@ -59,7 +59,7 @@ class PrefillHalf:
             return False
         key = attempt.ticket.key
         if output.finish_reason is not None:
-            attempt.emit(Prefilled(key, output.token_id, output.finish_reason, None))
+            attempt.emit(Prefilled(key, output.token_ids[0], output.finish_reason, None))
             self.drop(key)
             return True
         try:
@@ -67,7 +67,7 @@ class PrefillHalf:
         except TransferError as error:
             self.fail(key, error.reason, str(error))
             return True
-        attempt.emit(Prefilled(key, output.token_id, None, record))
+        attempt.emit(Prefilled(key, output.token_ids[0], None, record))
         return True
 
     def fail(self, key: AttemptKey, reason: str, message: str) -> None:

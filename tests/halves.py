@@ -18,7 +18,7 @@ from core.sampling import SamplingParams
 from core.ticket import AttemptKey, CommitRecord, Ticket
 from engine.block_pool import BlockPool
 from engine.kv_storage import KVStorage
-from engine.plan import Plan, StepOutput, StepResult
+from engine.plan import Drawn, Plan, StepOutput, StepResult
 from engine.scheduler import Scheduler
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import KVEvent
@@ -90,7 +90,8 @@ class Side:
                 values = kv(layer, entry.token_ids, entry.start)
                 self.storage.write(layer, entry.block_ids, entry.start, entry.end, values)
             on_layer(plan, layer)
-        return self.scheduler.update(plan, StepResult({e.request_id: 1000 + e.end for e in plan.entries if e.sampling}))
+        drawn = {e.request_id: Drawn((1000 + e.end,)) for e in plan.entries if e.sampling}
+        return self.scheduler.update(plan, StepResult(drawn))
 
     def taken(self) -> list[Event]:
         """Events since the last call."""

@@ -30,7 +30,7 @@ def test_engine_and_peer_draw_the_same_tokens() -> None:
     ids = torch.tensor([bench.prompt])
     expected = bench.peer.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
     result = bench.runner.run(bench.whole_prompt())
-    assert result.token_ids == {"0": expected}
+    assert result.drawn["0"].token_ids == (expected,)
     rows = list(bench.rows())
     assert [row.name for row in rows] == ["prefill", "decode, batch 1", "decode, batch 1, read", "decode, batch 2"]
     assert all(row.value > 0 and row.peer is not None and row.peer > 0 for row in rows)

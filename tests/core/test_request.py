@@ -1,5 +1,8 @@
 """The request automaton, its tokens, and what ends it."""
 
+from array import array
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +16,7 @@ W, R, H, F = RequestState.WAITING, RequestState.RUNNING, RequestState.HELD, Requ
 EDGES = {(W, R), (W, H), (W, F), (R, W), (R, H), (R, F), (H, R), (H, F)}
 
 
-def request(prompt: list[int] | None = None, *, num_prompt_tokens: int = -1, **sampling: int) -> Request:
+def request(prompt: list[int] | None = None, *, num_prompt_tokens: int = -1, **sampling: Any) -> Request:
     params = SamplingParams(**{"max_tokens": 10, **sampling}, stop_token_ids=(STOP,))
     return Request("a", prompt or [1, 2, 3], params, num_prompt_tokens)
 
@@ -72,3 +75,11 @@ def test_tokens_from_before_a_resume_count_as_output() -> None:
     resumed = request([1, 2, 3, 50, 51], num_prompt_tokens=3, max_tokens=3)
     assert resumed.num_output_tokens == 2
     assert resumed.append(52, max_model_len=100) is FinishReason.LENGTH
+
+
+def test_packed_tokens_follow_what_is_appended() -> None:
+    a = request([1, 2, 3])
+    assert array("i", a.packed_token_ids()).tolist() == [1, 2, 3]
+    a.append(7, max_model_len=100)
+    a.append(8, max_model_len=100)
+    assert array("i", a.packed_token_ids()).tolist() == [1, 2, 3, 7, 8]

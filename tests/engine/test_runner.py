@@ -30,7 +30,7 @@ def prompt(request_id: str = "a", blocks: tuple[int, ...] = BLOCKS) -> PlanEntry
 
 def test_one_token_for_each_entry_that_samples(engine: Engine) -> None:
     other = PlanEntry("b", (5, 6, 7), 0, (1,), None)
-    assert engine.runner.run(Plan((prompt(), other))).token_ids.keys() == {"a"}
+    assert engine.runner.run(Plan((prompt(), other))).drawn.keys() == {"a"}
     assert engine.runner.run(Plan((replace(prompt(), sampling=None),))) == StepResult({})
 
 
@@ -76,10 +76,7 @@ def test_chunks_leave_the_same_kv_as_one_step(engine: Engine) -> None:
     other = (0, 1, 3, 5)
     for start, end in ((0, 1), (1, 17), (17, 36)):
         engine.runner.run(Plan((PlanEntry("b", PROMPT[start:end], start, other, None),)))
-    assert (
-        engine.runner.run(Plan((PlanEntry("b", PROMPT[36:], 36, other, GREEDY),))).token_ids["b"]
-        == whole.token_ids["a"]
-    )
+    assert engine.runner.run(Plan((PlanEntry("b", PROMPT[36:], 36, other, GREEDY),))).drawn["b"] == whole.drawn["a"]
     for layer, expected in enumerate(kv):
         torch.testing.assert_close(engine.storage.read(layer, other, 0, len(PROMPT)), expected, rtol=1e-4, atol=1e-4)
 
@@ -92,11 +89,11 @@ def test_kv_that_was_carried_over_decodes_like_kv_that_was_computed(
         reference("qwen3_moe").folder,
         EngineConfig(num_blocks=20, block_size=8, device=device.type, dtype="float32"),
     )
-    first = engine.runner.run(Plan((prompt(),))).token_ids["a"]
+    first = engine.runner.run(Plan((prompt(),))).drawn["a"].token_ids
     table = (19, 3, 8, 1, 12)
     for layer in range(engine.layout.num_layers):
         other.storage.write(layer, table, 0, len(PROMPT), engine.storage.read(layer, BLOCKS, 0, len(PROMPT)))
-    step = PlanEntry("a", (first,), len(PROMPT), BLOCKS, GREEDY)
+    step = PlanEntry("a", first, len(PROMPT), BLOCKS, GREEDY)
     here, there = engine.runner.run(Plan((step,))), other.runner.run(Plan((replace(step, block_ids=table),)))
     assert here == there
 
@@ -110,3 +107,25 @@ def test_garbage_of_an_earlier_request_can_not_reach_another(engine: Engine) -> 
         for block in set(range(NUM_BLOCKS)) - {9}:
             layer[block] = float("nan")
     assert engine.runner.run(Plan(tuple(entries))) == clean
+
+
+def draw_one_by_one(engine: Engine, sampling: SamplingParams, num_tokens: int) -> list[int]:
+    tokens = list(engine.runner.run(Plan((replace(prompt(), sampling=sampling),))).drawn["a"].token_ids)
+    while len(tokens) < num_tokens:
+        step = PlanEntry("a", (tokens[-1],), len(PROMPT) + len(tokens) - 1, BLOCKS, sampling, len(tokens))
+        tokens += engine.runner.run(Plan((step,))).drawn["a"].token_ids
+    return tokens
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(max_tokens=9, seed=3, temperature=2.0)])
+@pytest.mark.parametrize("num_right", [0, 2, 4])
+def test_drafts_are_taken_as_far_as_they_are_what_is_drawn(
+    engine: Engine, sampling: SamplingParams, num_right: int
+) -> None:
+    """The draws are those that are made without drafts, whatever the drafts say and whoever stands beside."""
+    expected = draw_one_by_one(engine, sampling, 6)
+    wrong = [(token + 1) % 223 for token in expected[1 + num_right : 5]]
+    drafts = (*expected[: 1 + num_right], *wrong)
+    step = PlanEntry("a", drafts, len(PROMPT), BLOCKS, sampling, num_output_tokens=1, num_drafts=4)
+    beside = PlanEntry("b", (5, 6, 7), 0, (1,), sampling)
+    assert engine.runner.run(Plan((beside, step))).drawn["a"].token_ids == tuple(expected[1 : 2 + num_right])

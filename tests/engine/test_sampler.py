@@ -8,7 +8,14 @@ import torch
 
 from core.sampling import SamplingParams
 from engine.plan import PlanEntry
-from engine.sampler import sample
+from engine.sampler import sample as sample_entries
+
+
+def sample(logits: torch.Tensor, entries: list[PlanEntry]) -> list[int]:
+    """One token for each entry, whatever their request ids."""
+    drawn = sample_entries(logits, [replace(entry, request_id=str(i)) for i, entry in enumerate(entries)])
+    return [drawn[str(i)].token_ids[0] for i in range(len(entries))]
+
 
 PARAMS = SamplingParams(max_tokens=100)
 

@@ -8,7 +8,7 @@ from core.errors import ConfigError, IntegrityError, InvalidRequestError
 from core.request import FinishReason, Request, RequestState
 from core.sampling import SamplingParams
 from engine.block_pool import BlockPool
-from engine.plan import Plan, StepOutput, StepResult
+from engine.plan import Drawn, Plan, StepOutput, StepResult
 from engine.scheduler import Scheduler
 
 STOP = 0
@@ -34,7 +34,7 @@ def request(request_id: str, num_prompt: int, max_tokens: int = 100) -> Request:
 
 
 def result(plan: Plan, token_id: int = ANY) -> StepResult:
-    return StepResult({entry.request_id: token_id for entry in plan.entries if entry.sampling is not None})
+    return StepResult({entry.request_id: Drawn((token_id,)) for entry in plan.entries if entry.sampling is not None})
 
 
 def step(scheduler: Scheduler, token_id: int = ANY) -> tuple[Plan, list[StepOutput]]:
@@ -57,7 +57,7 @@ def test_a_prompt_within_the_budget_is_prefilled_and_sampled_in_one_step() -> No
     assert shape(plan) == [("a", 0, 5, True)]
     assert plan.entries[0].token_ids == (1, 2, 3, 4, 5)
     assert plan.entries[0].block_ids == pool.table("a")
-    assert outputs == [StepOutput(a, ANY, None)]
+    assert outputs == [StepOutput(a, (ANY,), None)]
 
 
 def test_a_long_prompt_is_cut_into_chunks_and_only_the_last_draws_a_token() -> None:
@@ -137,7 +137,7 @@ def test_a_finished_request_is_gone_with_its_blocks(max_tokens: int, token_id: i
     a = request("a", 5, max_tokens)
     scheduler.add(a)
     _, outputs = step(scheduler, token_id)
-    assert outputs == [StepOutput(a, token_id, reason)]
+    assert outputs == [StepOutput(a, (token_id,), reason)]
     assert a.state is RequestState.FINISHED
     assert not scheduler.requests
     assert pool.num_free_blocks == pool.num_blocks
@@ -177,7 +177,7 @@ def test_a_reserved_request_decodes_from_its_first_token_once_it_has_joined() ->
     assert scheduler.reserve(a)
     assert (a.state, len(pool.table("a"))) == (RequestState.HELD, 3)
     assert not scheduler.schedule()
-    assert scheduler.join("a", 9) == StepOutput(a, 9, None)
+    assert scheduler.join("a", 9) == StepOutput(a, (9,), None)
     plan, _ = step(scheduler)
     assert shape(plan) == [("a", 8, 9, True)]
     assert plan.entries[0].token_ids == (9,)

@@ -8,7 +8,7 @@ from core.errors import IntegrityError
 from core.request import Request, RequestState
 from core.sampling import SamplingParams
 from engine.block_pool import BlockPool
-from engine.plan import StepResult
+from engine.plan import Drawn, StepResult
 from engine.scheduler import Scheduler
 
 
@@ -18,7 +18,9 @@ def request(request_id: str, num_prompt: int) -> Request:
 
 def step(scheduler: Scheduler) -> None:
     plan = scheduler.schedule()
-    scheduler.update(plan, StepResult({entry.request_id: 7 for entry in plan.entries if entry.sampling is not None}))
+    scheduler.update(
+        plan, StepResult({entry.request_id: Drawn((7,)) for entry in plan.entries if entry.sampling is not None})
+    )
 
 
 def _computed_too_far(scheduler: Scheduler, pool: BlockPool) -> None:

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from core.request import Request, RequestState
 from core.sampling import SamplingParams
 from engine.block_pool import BlockPool
-from engine.plan import Plan, StepOutput, StepResult
+from engine.plan import Drawn, Plan, StepOutput, StepResult
 from engine.scheduler import Scheduler
 
 STOP = 0
@@ -62,7 +62,7 @@ def compute(plan: Plan, memory: PagedMemory) -> StepResult:
     for entry in plan.entries:
         memory.write(entry.block_ids, entry.start, list(entry.token_ids))
     drawn = (entry for entry in plan.entries if entry.sampling is not None)
-    return StepResult({e.request_id: next_token(memory.read(e.block_ids, e.end)) for e in drawn})
+    return StepResult({e.request_id: Drawn((next_token(memory.read(e.block_ids, e.end)),)) for e in drawn})
 
 
 class SchedulerMachine(RuleBasedStateMachine):
