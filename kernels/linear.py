@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.activation import Activation, gated_activation
+from kernels.native import library
+from kernels.native_linear import WeightPart, pack_gated_linear, pack_linear
 from kernels.quantize import Precision, QuantizedWeight, quantize_rows, quantize_weight
-
-WeightPart = Tensor | QuantizedWeight
-"""Rows of a weight, [N_i, K], as a checkpoint holds them: floating-point of any kind, or codes."""
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,6 +48,8 @@ def make_linear(
 
     Parts that are codes already stay as they are, whatever `precision` says: all of a layer's or none.
     """
+    if (native := library()) is not None and _is_on_cpu(parts[0]):
+        return pack_linear(native, parts, bias, precision, group_size)
     return TorchLinear(make_weight(parts, precision, group_size), bias)
 
 
@@ -62,6 +63,8 @@ def make_gated_linear(
     *,
     group_size: int = 128,
 ) -> GatedLinear:
+    if (native := library()) is not None and _is_on_cpu(gate):
+        return pack_gated_linear(native, gate, up, gate_bias, up_bias, precision, activation, group_size)
     bias = None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
     return TorchGatedLinear(TorchLinear(make_weight([gate, up], precision, group_size), bias), activation)
 
@@ -81,6 +84,10 @@ def make_weight(parts: Sequence[WeightPart], precision: Precision, group_size: i
         first.group_size,
         first.num_bits,
     )
+
+
+def _is_on_cpu(part: WeightPart) -> bool:
+    return (part.codes if isinstance(part, QuantizedWeight) else part).device.type == "cpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,9 @@ inline vi to_int(vf a) { return _mm512_cvtps_epi32(a); }
 inline vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 inline vi shift_left(vi a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
 inline vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi subtract(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 inline vi set1(int32_t x) { return _mm512_set1_epi32(x); }
+inline void store(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
 inline vi load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline vf as_float(vi a) { return _mm512_castsi512_ps(a); }
 inline vf load_bf16(const uint16_t* p) {
@@ -93,7 +95,12 @@ inline vi to_int(vf a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.
 inline vf to_float(vi a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 inline vi shift_left(vi a, int n) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
 inline vi add(vi a, vi b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline vi subtract(vi a, vi b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
 inline vi set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline void store(int32_t* p, vi x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.hi);
+}
 inline vi load(const int32_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
 }

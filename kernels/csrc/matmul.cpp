@@ -1,0 +1,228 @@
+#include "matmul.h"
+
+#include <cstdlib>
+#include <new>
+
+#include "activation.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t ALIGNMENT = 64;
+constexpr int PANEL_SLOT = 7;  // of `scratch`: a panel as floats
+// From so many tiles on, a panel is turned into floats once and not by every tile.
+constexpr int64_t MIN_TILES_TO_EXPAND = 3;
+
+// Calls tile.template run<ROWS>() for the number of rows at hand.
+template <int ROWS = MAX_ROWS, class Tile>
+inline void with_rows(int num_rows, const Tile& tile) {
+    if (num_rows == ROWS) return tile.template run<ROWS>();
+    if constexpr (ROWS > 1) with_rows<ROWS - 1>(num_rows, tile);
+}
+
+template <class Panel>
+struct FloatTile {
+    const float* a;
+    const Panel& panel;
+    float* out;
+    template <int ROWS>
+    void run() const {
+        float_tile<ROWS>(a, panel, out);
+    }
+};
+
+struct IntTile {
+    const Int8Row* a;
+    const int8_t* w;
+    int64_t num_steps;
+    int32_t* out;
+    template <int ROWS>
+    void run() const {
+        int_tile<ROWS>(a, w, num_steps, out);
+    }
+};
+
+// The product [rows][PANEL] of one tile, before bias, becomes rows of y.
+struct Finish {
+    const Weights& w;
+    int64_t panel, num_features;
+    float* out;
+    int64_t out_stride;
+    const float* residual;
+
+    void operator()(const float* product, int64_t first_row, int num_rows) const {
+        const int64_t feature = panel * w.features_per_panel();
+        vf bias[2] = {zero(), zero()};
+        if (w.bias)
+            for (int h = 0; h < 2; ++h) bias[h] = load(w.bias + panel * PANEL + h * LANES);
+        for (int r = 0; r < num_rows; ++r) {
+            vf sums[2];
+            for (int h = 0; h < 2; ++h) sums[h] = add(load(product + r * PANEL + h * LANES), bias[h]);
+            const int64_t at = (first_row + r) * out_stride + feature;
+            if (w.gated())
+                put(at, gate(w.activation, sums[0], sums[1]), num_features);
+            else
+                for (int h = 0; h < 2; ++h) put(at + h * LANES, sums[h], num_features - h * LANES);
+        }
+    }
+
+    void put(int64_t at, vf y, int64_t num_left) const {
+        if (num_left >= LANES) {
+            store(out + at, residual ? add(y, load(residual + at)) : y);
+        } else if (num_left > 0) {
+            const int n = static_cast<int>(num_left);
+            store_first(out + at, residual ? add(y, load_first(residual + at, n)) : y, n);
+        }
+    }
+};
+
+template <class Panel>
+void multiply_floats(const Panel& panel, const PackedRows& rows, int64_t k, int64_t first, int64_t last, const Finish& finish) {
+    alignas(64) float product[MAX_ROWS * PANEL];
+    for (int64_t tile = first; tile < last; ++tile) {
+        const int num_rows = rows.rows_in(tile);
+        with_rows(num_rows, FloatTile<Panel>{rows.floats + tile * MAX_ROWS * k, panel, product});
+        finish(product, tile * MAX_ROWS, num_rows);
+    }
+}
+
+template <class Panel>
+F32Panel expand(Panel panel) {
+    float* out = static_cast<float*>(scratch(PANEL_SLOT, panel.k * PANEL * static_cast<int64_t>(sizeof(float))));
+    for (int64_t start = 0, group = 0; start < panel.k; start += panel.group_size, ++group) {
+        panel.start_group(group);
+        for (int64_t row = start; row < start + panel.group_size; row += Panel::STEP) {
+            vf b[Panel::STEP][2];
+            panel.template load<2>(row, 0, b);
+            for (int64_t s = 0; s < Panel::STEP; ++s)
+                for (int h = 0; h < 2; ++h) store(out + (row + s) * PANEL + h * LANES, b[s][h]);
+        }
+    }
+    return F32Panel(out, panel.k);
+}
+
+template <class Panel>
+void multiply_stored(const Weights& w, const PackedRows& rows, int64_t p, int64_t first, int64_t last, const Finish& finish) {
+    const Panel panel(w, p);
+    if (last - first >= MIN_TILES_TO_EXPAND)
+        multiply_floats(expand(panel), rows, w.k, first, last, finish);
+    else
+        multiply_floats(panel, rows, w.k, first, last, finish);
+}
+
+void multiply_int8(const Weights& w, const PackedRows& rows, int64_t panel, int64_t first, int64_t last, const Finish& finish) {
+    const int64_t row_len = int8_row_len(w.k), num_steps = row_len / INT8_STEP;
+    const int8_t* data = static_cast<const int8_t*>(w.data) + panel * row_len * PANEL;
+    alignas(64) int32_t sums[MAX_ROWS * PANEL];
+    alignas(64) float product[MAX_ROWS * PANEL];
+    for (int64_t tile = first; tile < last; ++tile) {
+        const int num_rows = rows.rows_in(tile);
+        with_rows(num_rows, IntTile{rows.codes + tile * MAX_ROWS * row_len, data, num_steps, sums});
+        for (int r = 0; r < num_rows; ++r) {
+            const vf row_scale = set1(rows.scales[tile * MAX_ROWS + r]);
+            for (int h = 0; h < 2; ++h) {
+                const int64_t column = panel * PANEL + h * LANES;
+                vi whole = load(sums + r * PANEL + h * LANES);
+                if constexpr (INT8_STEP == 4) whole = subtract(whole, load(w.sums + column));
+                store(product + r * PANEL + h * LANES, mul(to_float(whole), mul(row_scale, load(w.scales + column))));
+            }
+        }
+        finish(product, tile * MAX_ROWS, num_rows);
+    }
+}
+
+// The largest magnitude of a row [K].
+float largest(const float* x, int64_t k) {
+    vf most = zero();
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) most = max(most, abs(load(x + i)));
+    if (i < k) most = max(most, abs(load_first(x + i, static_cast<int>(k - i))));
+    return max_lanes(most);
+}
+
+// One row as codes into its place of a tile, [K / step][rows][step], and its scale.
+float quantize_row(const float* x, int64_t k, Int8Row* out, int num_rows) {
+    constexpr int32_t shift = INT8_STEP == 4 ? 128 : 0;
+    const float most = largest(x, k);
+    const vf factor = set1(most > 0 ? 127.0f / most : 0.0f);
+    alignas(64) int32_t codes[LANES];
+    for (int64_t i = 0; i < int8_row_len(k); i += LANES) {
+        const int n = static_cast<int>(std::min<int64_t>(LANES, k - i));
+        store(codes, to_int(mul(n == LANES ? load(x + i) : load_first(x + i, n), factor)));
+        const int num_padded = static_cast<int>(std::min<int64_t>(LANES, int8_row_len(k) - i));
+        for (int j = 0; j < num_padded; j += INT8_STEP)
+            for (int s = 0; s < INT8_STEP; ++s)
+                out[(i + j) * num_rows + s] = static_cast<Int8Row>(j + s < n ? codes[j + s] + shift : shift);
+    }
+    return most / 127.0f;
+}
+
+void transpose_row(const float* x, int64_t k, float* out, int num_rows) {
+    for (int64_t i = 0; i < k; ++i) out[i * num_rows] = x[i];
+}
+
+int64_t round_up(int64_t n) { return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+}  // namespace
+
+void* scratch(int slot, int64_t num_bytes) {
+    struct Buffers {
+        void* data[8] = {};
+        int64_t size[8] = {};
+        ~Buffers() {
+            for (void* p : data) std::free(p);
+        }
+    };
+    thread_local Buffers buffers;
+    if (buffers.size[slot] < num_bytes) {
+        std::free(buffers.data[slot]);
+        buffers.size[slot] = 0;
+        buffers.data[slot] = std::aligned_alloc(ALIGNMENT, static_cast<size_t>(round_up(num_bytes)));
+        if (!buffers.data[slot]) throw std::bad_alloc();
+        buffers.size[slot] = num_bytes;
+    }
+    return buffers.data[slot];
+}
+
+int64_t packed_rows_bytes(const Weights& w, int64_t num_rows) {
+    if (w.kind != Kind::INT8) return num_rows * w.k * static_cast<int64_t>(sizeof(float));
+    const int64_t codes = num_rows * int8_row_len(w.k) * static_cast<int64_t>(sizeof(Int8Row));
+    return round_up(codes) + num_rows * static_cast<int64_t>(sizeof(float));
+}
+
+PackedRows pack_rows(const Weights& w, const float* x, int64_t stride, const int32_t* row_ids, int64_t num_rows, void* memory) {
+    const bool is_int8 = w.kind == Kind::INT8;
+    if (!is_int8 && num_rows == 1) return {1, x + (row_ids ? row_ids[0] : 0) * stride, nullptr, nullptr};
+    const int64_t row_len = int8_row_len(w.k);
+    const int64_t code_bytes = round_up(num_rows * row_len * static_cast<int64_t>(sizeof(Int8Row)));
+    float* floats = static_cast<float*>(memory);
+    Int8Row* codes = static_cast<Int8Row*>(memory);
+    float* scales = reinterpret_cast<float*>(static_cast<char*>(memory) + code_bytes);
+    const PackedRows rows = is_int8 ? PackedRows{num_rows, nullptr, codes, scales} : PackedRows{num_rows, floats, nullptr, nullptr};
+    pool::parallel_for(rows.num_tiles(), [&](int64_t tile) {
+        const int tile_rows = rows.rows_in(tile);
+        for (int r = 0; r < tile_rows; ++r) {
+            const int64_t row = tile * MAX_ROWS + r;
+            const float* source = x + (row_ids ? row_ids[row] : row) * stride;
+            if (is_int8)
+                scales[row] = quantize_row(source, w.k, codes + tile * MAX_ROWS * row_len + r * INT8_STEP, tile_rows);
+            else
+                transpose_row(source, w.k, floats + tile * MAX_ROWS * w.k + r, tile_rows);
+        }
+    });
+    return rows;
+}
+
+void multiply_panel(const Weights& w, const PackedRows& rows, int64_t panel, int64_t first, int64_t last, float* out,
+                    int64_t out_stride, const float* residual) {
+    const int64_t num_features = std::min(w.features_per_panel(), w.n - panel * w.features_per_panel());
+    const Finish finish{w, panel, num_features, out, out_stride, residual};
+    switch (w.kind) {
+        case Kind::F32: return multiply_floats(F32Panel(w, panel), rows, w.k, first, last, finish);
+        case Kind::BF16: return multiply_stored<HalfPanel<load_bf16>>(w, rows, panel, first, last, finish);
+        case Kind::F16: return multiply_stored<HalfPanel<load_f16>>(w, rows, panel, first, last, finish);
+        case Kind::CODES4: return multiply_stored<Codes4Panel>(w, rows, panel, first, last, finish);
+        case Kind::CODES8: return multiply_stored<Codes8Panel>(w, rows, panel, first, last, finish);
+        case Kind::INT8: return multiply_int8(w, rows, panel, first, last, finish);
+    }
+}
