@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kernels import threads
 from kernels.activation import Activation, gated_activation
-from kernels.linear import make_gated_linear, make_linear
+from kernels.linear import TorchLinear, make_gated_linear, make_linear, make_weight
+from kernels.native import library
 from kernels.quantize import Precision, QuantizedWeight, quantize_rows, quantize_weight
 
 PRECISIONS: list[Precision] = ["float32", "bfloat16", "float16", "int8", "int4"]
@@ -120,3 +122,36 @@ def test_a_row_of_zeros_stays_zero() -> None:
 def test_groups_that_do_not_divide_become_smaller(rng: torch.Generator) -> None:
     assert quantize_weight(torch.randn(3, 96, generator=rng), 4, 128).group_size == 96
     assert quantize_weight(torch.randn(3, 200, generator=rng), 4, 128).group_size == 100
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_is_the_same_alone_and_among_others(precision: Precision, rng: torch.Generator) -> None:
+    """Bit for bit, whatever the number of rows: prefix reuse, resume and phase splitting rely on it."""
+    if library() is None:
+        pytest.skip("the torch reference makes no such promise")
+    x = torch.randn(100, 130, generator=rng)
+    weight, bias = torch.randn(200, 130, generator=rng), torch.randn(200, generator=rng)
+    layer = make_linear([weight], bias, precision, group_size=26)
+    together = layer(x)
+    for size in (1, 2, 5, 11, 12, 13, 24, 37):
+        assert torch.equal(torch.cat([layer(part) for part in torch.split(x, size)]), together), size
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+@pytest.mark.parametrize("num_rows", [1, 50])
+def test_threads_change_nothing(num_threads: int, num_rows: int, rng: torch.Generator) -> None:
+    x, weight = torch.randn(num_rows, 64, generator=rng), torch.randn(70, 64, generator=rng)
+    layer, before = make_linear([weight], None, "float32"), threads.num_threads()
+    expected = layer(x)
+    threads.set_num_threads(num_threads)
+    try:
+        assert torch.equal(layer(x), expected)
+    finally:
+        threads.set_num_threads(before)
+
+
+def test_int8_is_the_reference_bit_for_bit(rng: torch.Generator) -> None:
+    x, weight = torch.randn(30, 100, generator=rng), torch.randn(50, 100, generator=rng)
+    bias, residual = torch.randn(50, generator=rng), torch.randn(30, 50, generator=rng)
+    reference = TorchLinear(make_weight([weight], "int8", 128), bias)
+    assert torch.equal(make_linear([weight], bias, "int8")(x, residual), reference(x, residual))
