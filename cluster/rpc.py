@@ -108,6 +108,7 @@ def _layout(wire: worker_pb2.KVLayout) -> KVLayout:
         wire.head_size,
         wire.block_size,
         wire.dtype,
+        wire.kind,
     )
 
 
@@ -164,6 +165,7 @@ def worker_hello_message(hello: WorkerHello) -> worker_pb2.WorkerMessage:
                 head_size=layout.head_size,
                 block_size=layout.block_size,
                 dtype=layout.dtype,
+                kind=layout.kind,
             ),
             credits=hello.credits,
             num_blocks=hello.num_blocks,

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_SCALE_BYTES = {"float32": 0, "bfloat16": 0, "float16": 0, "int8": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Shape of the KV cache of one model on one worker. `fingerprint` is of its config and weights."""
+    """Shape of the KV cache of one model on one worker. `fingerprint` is of its config and weights.
+
+    `dtype` is what the cache holds; "int8" has a float32 scale for each vector. `kind` says of what: "heads" is K and V
+    of each KV head; "latent" the one vector a token that all heads share (MLA), so that `num_kv_heads` is 1, and
+    `head_size` counts the compressed and the rotary part.
+    """
 
     model: str
     fingerprint: str
@@ -18,10 +24,12 @@ class KVLayout:
     head_size: int
     block_size: int
     dtype: str
+    kind: str = "heads"
 
     @property
     def bytes_per_token_per_layer(self) -> int:
-        return 2 * self.num_kv_heads * self.head_size * _ITEM_BYTES[self.dtype]
+        num_vectors = 2 * self.num_kv_heads if self.kind == "heads" else 1
+        return num_vectors * (self.head_size * _ITEM_BYTES[self.dtype] + _SCALE_BYTES[self.dtype])
 
     @property
     def bytes_per_block(self) -> int:

@@ -39,7 +39,7 @@ def engine_id(key: AttemptKey) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """K and V of one layer, a range of KV heads, and a range of token positions. Payload `[2, T, K, D]`, contiguous."""
+    """What one layer caches for a range of KV heads and of token positions. Its payload is as `KVStorage` reads it."""
 
     layer: int
     kv_head_start: int

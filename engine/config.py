@@ -27,7 +27,9 @@ class EngineConfig:
     max_model_len: int | None = None
     """Prompt and output together, in tokens; by default what the checkpoint says."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights, activations and KV; auto is float32 on CPU and the checkpoint's own on a GPU."""
+    """Of weights and activations; auto is float32 on CPU and the checkpoint's own on a GPU."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Of the KV cache; auto is `dtype`. int8 keeps a scale for each vector of K and V."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = None
     """CPU threads for compute; by default the cores of the process, shared among the workers of the host."""

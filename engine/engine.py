@@ -60,7 +60,7 @@ class Engine:
             num_kv_heads=model_config.num_kv_heads,
             head_size=model_config.head_size,
             block_size=config.block_size,
-            dtype=dtype,
+            dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         )
         model = Model(model_config, load_weights(path, model_config, getattr(torch, dtype), device))
         num_blocks = config.num_blocks or num_blocks_that_fit(model, layout, config, device, limit)

@@ -7,56 +7,76 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.errors import IntegrityError
+from core.errors import ConfigError, IntegrityError
 from core.kv_layout import KVLayout
+from kernels.paged_kv import LayerKV, PagedLatent, empty_kv, token_views
 
 
 class KVStorage:
-    """K and V of all layers in blocks: `layers[l]` is [num_blocks, block_size, 2, K, D].
+    """What all layers cache, in blocks: `layers[l]`.
 
     Which block belongs to whom is the `BlockPool`'s knowledge. Only the owner of a block writes it: the runner for the
     requests of a step, and whoever received KV for a request that is reserved. On a GPU both methods run on the current
     stream; a reader on another stream must wait for the writer's.
+
+    A payload is [N] uint8: K [T, K, D], then V [T, K, D], then, where they are int8, their float32 scales [T, K] each;
+    of the kind "latent", [T, D]. So its size is T times the layout's bytes per token, whatever the block size.
     """
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
-        shape = (layout.num_layers, num_blocks, layout.block_size, 2, layout.num_kv_heads, layout.head_size)
-        self.layers = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device).unbind(0)
-
-    @property
-    def num_blocks(self) -> int:
-        return self.layers[0].shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.layers[0].device
+        self.num_blocks = num_blocks
+        self.device = device
+        self.layers = tuple(_layer(layout, num_blocks, device) for _ in range(layout.num_layers))
 
     def read(self, layer: int, block_ids: Sequence[int], start: int, end: int) -> Tensor:
-        """A contiguous copy [2, T, K, D] of positions [start, end) of a request whose table is `block_ids`."""
-        tokens = self._flat(layer).index_select(0, self._slots(block_ids, start, end))
-        return tokens.transpose(0, 1).contiguous()
+        """The payload of positions [start, end) of a request whose table is `block_ids`: a copy."""
+        blocks, offset = self._blocks(block_ids, start, end)
+        parts = [
+            view.index_select(0, blocks).flatten(0, 1)[offset : offset + end - start].flatten().view(torch.uint8)
+            for view in token_views(self.layers[layer])
+        ]
+        return torch.cat(parts)
 
     def write(self, layer: int, block_ids: Sequence[int], start: int, end: int, payload: Tensor) -> None:
-        """Put what `read` gave elsewhere into positions [start, end). payload: [2, T, K, D] of the layout's dtype."""
-        expected = (2, end - start, self.layout.num_kv_heads, self.layout.head_size)
-        if payload.shape != expected or payload.dtype != self.layers[0].dtype:
-            raise IntegrityError(
-                f"payload is {payload.dtype} {list(payload.shape)}, must be {self.layout.dtype} {expected}"
-            )
-        slots = self._slots(block_ids, start, end)
-        self._flat(layer).index_copy_(0, slots, payload.to(self.device).transpose(0, 1))
+        """Put a payload that `read` gave, here or on another worker, into positions [start, end).
 
-    def _flat(self, layer: int) -> Tensor:
-        """[num_blocks * block_size, 2, K, D]"""
-        return self.layers[layer].flatten(0, 1)
+        `IntegrityError` where it is not one of `end - start` tokens, or the table does not cover them.
+        """
+        num_tokens = end - start
+        blocks, offset = self._blocks(block_ids, start, end)
+        expected = num_tokens * self.layout.bytes_per_token_per_layer
+        if payload.dtype is not torch.uint8 or payload.shape != (expected,):
+            raise IntegrityError(f"payload is {payload.dtype} {list(payload.shape)}, must be uint8 [{expected}]")
+        block_size = self.layout.block_size
+        places = torch.arange(offset, offset + num_tokens, device=self.device)
+        index = blocks[places // block_size], places % block_size
+        views = token_views(self.layers[layer])
+        sizes = [num_tokens * view[0, 0].numel() * view.element_size() for view in views]
+        for view, part in zip(views, torch.split(payload.to(self.device), sizes), strict=True):
+            view.index_put_(index, _as(part, view.dtype).view(num_tokens, *view.shape[2:]))
 
-    def _slots(self, block_ids: Sequence[int], start: int, end: int) -> Tensor:
-        """[T] int64: where positions [start, end) lie; `IntegrityError` where the table does not cover them."""
+    def _blocks(self, block_ids: Sequence[int], start: int, end: int) -> tuple[Tensor, int]:
+        """The blocks [N] int64 that hold [start, end), and where in the first of them it begins."""
         block_size = self.layout.block_size
         first, last = start // block_size, -(-end // block_size)
         if not 0 <= start <= end or last > len(block_ids):
             raise IntegrityError(f"positions [{start}, {end}) are not within {len(block_ids)} blocks of {block_size}")
         blocks = torch.tensor(block_ids[first:last], dtype=torch.int64, device=self.device)
-        slots = (blocks * block_size).unsqueeze(1) + torch.arange(block_size, device=self.device)
-        return slots.flatten()[start - first * block_size : end - first * block_size]
+        return blocks, start - first * block_size
+
+
+def _layer(layout: KVLayout, num_blocks: int, device: torch.device) -> LayerKV:
+    dtype = getattr(torch, layout.dtype)
+    if layout.kind == "heads":
+        return empty_kv(num_blocks, layout.num_kv_heads, layout.head_size, layout.block_size, dtype, device)
+    if layout.dtype == "int8":
+        raise ConfigError("engine.kv_cache_dtype", "int8", "can't hold the latent cache of MLA; use bfloat16")
+    return PagedLatent(torch.zeros(num_blocks, layout.block_size, layout.head_size, dtype=dtype, device=device))
+
+
+def _as(payload: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes as elements of `dtype`; copied where they are not aligned."""
+    if payload.storage_offset() % dtype.itemsize:
+        payload = payload.clone()
+    return payload.view(dtype)

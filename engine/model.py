@@ -12,11 +12,12 @@ from engine.model_config import ModelConfig
 from engine.rotary import inverse_frequencies
 from engine.step_inputs import StepInputs
 from engine.weights import AttentionWeights, DenseWeights, ModelWeights, MoEWeights
-from kernels.kv_write import write_kv_
 from kernels.moe import moe_experts, route
-from kernels.paged_attention import decode_attention, prefill_attention
+from kernels.paged_attention import paged_attention
+from kernels.paged_kv import LayerKV, PagedKV
+from kernels.qkv import qkv_rope_write_
 from kernels.rms_norm import rms_norm
-from kernels.rope import apply_rope, rope_angles
+from kernels.rope import rope_angles
 from kernels.swiglu import swiglu
 
 
@@ -28,7 +29,7 @@ class Model:
         self._weights = weights
         self._inverse_frequencies = inverse_frequencies(config.rope, config.head_size).to(weights.embedding.device)
 
-    def forward(self, inputs: StepInputs, kv_layers: Sequence[Tensor], on_layer: Callable[[int], None]) -> Tensor:
+    def forward(self, inputs: StepInputs, kv_layers: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Tensor:
         """Hidden states [T, C] of the step's tokens; their K and V go into `kv_layers` (see `KVStorage.layers`).
 
         `on_layer(l)` is called once K and V of layer l are written, before the layer's attention.
@@ -36,10 +37,10 @@ class Model:
         cos, sin = rope_angles(inputs.positions, self._inverse_frequencies)
         hidden = self._weights.embedding.index_select(0, inputs.token_ids)
         for layer, ((attention, mlp), kv_cache) in enumerate(zip(self._weights.layers, kv_layers, strict=True)):
-            q, k, v = self._project(hidden, attention, cos, sin)
-            write_kv_(kv_cache, inputs.slots, k, v)
+            assert isinstance(kv_cache, PagedKV), "a latent cache for attention over heads"
+            q = self._project(hidden, attention, kv_cache, inputs.slots, cos, sin)
             on_layer(layer)
-            attended = _attend(q, kv_cache, inputs)
+            attended = paged_attention(q, kv_cache, inputs.spans, scale=self.config.head_size**-0.5)
             hidden = hidden + F.linear(attended, attention.output, attention.output_bias)
             hidden = hidden + self._mlp(rms_norm(hidden, attention.mlp_norm, self.config.rms_norm_eps), mlp)
         return hidden
@@ -50,17 +51,23 @@ class Model:
         return F.linear(normed, self._weights.output).to(torch.float32)
 
     def _project(
-        self, hidden: Tensor, weights: AttentionWeights, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden: [T, C]; cos, sin: [T, 1, D]; returns q [T, H, D], k and v [T, K, D]."""
-        config = self.config
+        self, hidden: Tensor, weights: AttentionWeights, kv: PagedKV, slots: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """hidden: [T, C]; cos, sin: [T, D/2]; returns q [T, H, D], and writes k and v."""
+        config, norms = self.config, weights.qk_norm
         normed = rms_norm(hidden, weights.input_norm, config.rms_norm_eps)
-        qkv = F.linear(normed, weights.qkv, weights.qkv_bias).view(hidden.shape[0], -1, config.head_size)
-        qk, v = torch.split(qkv, [config.num_heads + config.num_kv_heads, config.num_kv_heads], dim=1)
-        if weights.qk_norm is not None:
-            qk = rms_norm(qk, weights.qk_norm, config.rms_norm_eps)
-        q, k = torch.split(apply_rope(qk, cos, sin), [config.num_heads, config.num_kv_heads], dim=1)
-        return q, k, v
+        return qkv_rope_write_(
+            F.linear(normed, weights.qkv, weights.qkv_bias),
+            kv,
+            slots,
+            cos,
+            sin,
+            None if norms is None else norms[0],
+            None if norms is None else norms[-1],
+            config.rms_norm_eps,
+            config.num_heads,
+            config.num_kv_heads,
+        )
 
     def _mlp(self, x: Tensor, weights: DenseWeights | MoEWeights) -> Tensor:
         """x: [T, C]; returns [T, C]."""
@@ -70,13 +77,3 @@ class Model:
         assert moe is not None, "expert weights of a model without experts"
         gates, expert_ids = route(F.linear(x, weights.router), moe.top_k, moe.norm_topk_prob)
         return moe_experts(x, weights.gate_up, weights.down, gates, expert_ids)
-
-
-def _attend(q: Tensor, kv_cache: Tensor, inputs: StepInputs) -> Tensor:
-    """q: [T, H, D]; returns [T, H D]."""
-    outputs = [
-        decode_attention(q[g.rows], kv_cache, g.block_tables, g.context_lens, g.max_context_len)
-        for g in inputs.decode_groups
-    ]
-    outputs += [prefill_attention(q[s.rows], kv_cache, s.block_table, s.start) for s in inputs.prefill_spans]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)

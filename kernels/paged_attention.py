@@ -1,77 +1,129 @@
 """Causal attention over a paged KV cache, with grouped query heads (Ainslie et al., 2023).
 
-Query head h reads KV head h // (H / K). The scale is 1 / sqrt(D). In the cache [num_blocks, block_size, 2, K, D], entry
-i of a block table holds positions [i * block_size, (i + 1) * block_size) of its sequence.
+T rows of a step, H query heads, K KV heads, D head size. Query head h reads KV head h // (H / K). A row sees the
+positions up to its own, and with a window only the last `window` of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.paged_kv import PagedKV, Spans
+
 MAX_GATHERED_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
-"""What decode gathers at once, if more than one row. On CPU, fresh memory costs more than the attention itself."""
-_BITS = {2: torch.int16, 4: torch.int32}
+"""What the reference gathers at once, if more than one span."""
 
 
-def decode_attention(
-    q: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, max_context_len: int
+def paged_attention(
+    q: Tensor,
+    kv: PagedKV,
+    spans: Spans,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """One query token for each of B sequences, standing at the last position of its context.
+    """Attention of all rows of a step; their own K and V are in the cache already. Returns [T, H D].
 
-    q: [B, H, D]; block_tables: [B, M] int64, padded with any valid block; context_lens: [B] int64, the query's own
-    token included; max_context_len: their maximum, at most M * block_size; returns [B, H, D].
+    q: [T, H, D]; scale: of the logits q k; softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); sinks:
+    [H] float32, a logit for each head that takes part in the softmax and has no value (gpt-oss).
 
     What lies in the cache beyond a row's context, not-a-number included, has no effect on the row.
     """
-    if q.shape[0] == 1:
-        return _decode(q, kv_cache, block_tables, max_context_len, None)
-    seen = torch.arange(max_context_len, device=q.device) < context_lens.unsqueeze(1)
-    row_bytes = block_tables.shape[1] * kv_cache[0].numel() * kv_cache.element_size()
-    num_rows = max(1, MAX_GATHERED_BYTES[q.device.type] // row_bytes)
-    if q.shape[0] <= num_rows:
-        return _decode(q, kv_cache, block_tables, max_context_len, seen)
-    pieces = zip(*(torch.split(each, num_rows) for each in (q, block_tables, seen)), strict=True)
-    return torch.cat([_decode(rows, kv_cache, tables, max_context_len, part) for rows, tables, part in pieces])
+    outputs = []
+    for first, last, num_rows, num_blocks in _groups(spans, kv):
+        table = spans.table[first:last]
+        group = q[int(spans.host_table[first, 0]) :][: num_rows * (last - first)]
+        k, v = _gather(kv, _block_tables(table, spans.blocks, num_blocks, kv.v.shape[2]), q.dtype)
+        start = table[:, 2].unsqueeze(1)
+        at = start + torch.arange(num_rows, device=q.device)
+        seen = _seen(k, v, start + num_rows, at, window)
+        outputs.append(_attend(group.view(last - first, num_rows, *q.shape[1:]), k, v, seen, scale, softcap, sinks))
+    return torch.cat(outputs)
 
 
-def _decode(q: Tensor, kv_cache: Tensor, block_tables: Tensor, num_positions: int, seen: Tensor | None) -> Tensor:
-    """Attention over positions [0, num_positions), or where `seen` [B, num_positions]."""
-    num_rows, num_heads, head_size = q.shape
-    num_kv_heads = kv_cache.shape[3]
-    blocks = kv_cache.index_select(0, block_tables.flatten())
-    kv = blocks.view(num_rows, -1, 2, num_kv_heads, head_size)[:, :num_positions]
-    mask = None
-    if seen is not None:
-        _erase_unseen_(kv, seen)
-        mask = seen[:, None, None]
-    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-    grouped = q.view(num_rows, num_kv_heads, -1, head_size)
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(num_rows, num_heads, head_size)
+def _groups(spans: Spans, kv: PagedKV) -> Iterator[tuple[int, int, int, int]]:
+    """Neighbouring spans that are computed at once: first, last, rows of each, and blocks that cover any of them.
 
-
-def _erase_unseen_(kv: Tensor, seen: Tensor) -> None:
-    """Zero K and V where not `seen` [B, S]. On the bits: a product with 0 would keep what is not a number."""
-    bits = kv.view(_BITS[kv.element_size()]).flatten(2)
-    bits.bitwise_and_(seen.to(bits.dtype).neg_().unsqueeze(2))
-
-
-def prefill_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, start: int) -> Tensor:
-    """T consecutive query tokens of one sequence, at positions [start, start + T); their K and V are in the cache.
-
-    q: [T, H, D]; block_table: [M] int64, covering start + T positions; returns [T, H, D].
+    They have as many rows and contexts of similar length, between two powers of two blocks; and are not too many for
+    `MAX_GATHERED_BYTES`.
     """
-    num_tokens, num_heads, head_size = q.shape
-    num_kv_heads = kv_cache.shape[3]
-    end = start + num_tokens
-    kv = kv_cache.index_select(0, block_table).flatten(0, 1)[:end]
-    grouped = q.view(num_tokens, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
-    shape = (num_kv_heads, grouped.shape[1], end, head_size)
-    k, v = (kv[:, i].transpose(0, 1).unsqueeze(1).expand(shape) for i in (0, 1))
-    mask = None
-    if start > 0:
-        positions = torch.arange(end, device=q.device)
-        mask = positions <= positions[start:].unsqueeze(1)
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, is_causal=mask is None)
-    return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_size)
+    block_size = kv.v.shape[2]
+    block_bytes = (kv.k[0].numel() + kv.v[0].numel()) * max(4, kv.k.element_size())
+    limit = MAX_GATHERED_BYTES[kv.k.device.type]
+    sizes = [(num_rows, -(-(start + num_rows) // block_size)) for _, num_rows, start, _ in spans.host_table.tolist()]
+    first = 0
+    for (num_rows, _), group in groupby(sizes, key=lambda size: (size[0], (size[1] - 1).bit_length())):
+        lengths = [num_blocks for _, num_blocks in group]
+        step = max(1, limit // (max(lengths) * block_bytes))
+        for i in range(0, len(lengths), step):
+            part = lengths[i : i + step]
+            yield first + i, first + i + len(part), num_rows, max(part)
+        first += len(lengths)
+
+
+def _block_tables(table: Tensor, blocks: Tensor, num_blocks: int, block_size: int) -> Tensor:
+    """[N, num_blocks] int64 of N spans, padded with block 0. table: [N, 4]; blocks: [M]."""
+    columns = torch.arange(num_blocks, device=table.device)
+    used = columns * block_size < (table[:, 1] + table[:, 2]).unsqueeze(1)
+    places = torch.where(used, table[:, 3].unsqueeze(1) + columns, 0)
+    return torch.where(used, blocks[places], 0).to(torch.int64)
+
+
+def _gather(kv: PagedKV, tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """K and V of N sequences, [N, K, C, D] each, of `dtype`. tables: [N, M]; C is M times the block size."""
+    num_seqs, flat = tables.shape[0], tables.flatten()
+
+    def gather(x: Tensor) -> Tensor:
+        """[B, K, S, ...] to [N, K, C, ...]"""
+        return x[flat].view(num_seqs, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+    k, v = gather(kv.k.transpose(2, 3)), gather(kv.v)
+    if kv.k_scale is not None and kv.v_scale is not None:
+        k, v = k * gather(kv.k_scale).unsqueeze(-1), v * gather(kv.v_scale).unsqueeze(-1)
+    return k.to(dtype), v.to(dtype)
+
+
+def _seen(k: Tensor, v: Tensor, context_lens: Tensor, at: Tensor, window: int | None) -> Tensor:
+    """Which positions each row sees, [N, R, C]; K and V beyond the contexts are zeroed, whatever they were.
+
+    k, v: [N, K, C, D]; context_lens: [N, 1]; at: [N, R], the positions of the rows.
+    """
+    positions = torch.arange(k.shape[2], device=k.device)
+    beyond = (positions >= context_lens)[:, None, :, None]
+    k.masked_fill_(beyond, 0)
+    v.masked_fill_(beyond, 0)
+    seen = positions <= at.unsqueeze(2)
+    return seen if window is None else seen & (positions > at.unsqueeze(2) - window)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """q: [N, R, H, D]; k, v: [N, K, C, D]; seen: [N, R, C]; returns [N R, H D].
+
+    The heads that share a KV head become rows.
+    """
+    num_seqs, num_rows, num_heads, head_size = q.shape
+    num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
+    rows = q.view(num_seqs, num_rows, num_kv_heads, -1).transpose(1, 2).reshape(num_seqs, num_kv_heads, -1, head_size)
+    mask = seen.repeat_interleave(group, dim=1).unsqueeze(1)
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+    else:
+        logits = (rows @ k.transpose(2, 3)).to(torch.float32) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits.masked_fill_(~mask, float("-inf"))
+        if sinks is not None:
+            column = sinks.view(1, num_kv_heads, 1, group).expand(num_seqs, -1, num_rows, -1).flatten(2).unsqueeze(3)
+            logits = torch.cat((logits, column), dim=3)
+        out = logits.softmax(dim=-1)[..., : k.shape[2]].to(v.dtype) @ v
+    return out.view(num_seqs, num_kv_heads, num_rows, -1).transpose(1, 2).reshape(num_seqs * num_rows, -1)

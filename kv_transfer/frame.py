@@ -19,7 +19,7 @@ MAX_TRANSFER_ID_BYTES = 32
 _PREAMBLE = struct.Struct("<4sHHHxxQ16s")  # magic, version, kind, count, payload bytes, identity
 _ENTRY = struct.Struct("<32sIIIIIIIIQQ")  # transfer id, attempt, segment (7 fields), payload bytes, checksum
 _CRC = struct.Struct("<I")
-_ALIGNMENT = 4  # bytes: a segment holds K and V, so an even number of elements of 2 bytes or more
+_ALIGNMENT = 4  # bytes: vectors have an even number of elements, and K comes with V or in 2 bytes or more
 MAX_SEGMENTS = (FRAME_BYTES - _PREAMBLE.size - _CRC.size) // _ENTRY.size
 
 

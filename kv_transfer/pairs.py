@@ -241,5 +241,6 @@ class Pairs:
             layout.num_kv_heads,
             layout.head_size,
             layout.dtype,
+            layout.kind,
         )
         return hashlib.blake2b("\n".join(map(str, names)).encode(), digest_size=16).digest()

@@ -202,9 +202,7 @@ class KVReceiver:
             raise TransferError("unexpected_segment", f"{segment} of {payload.numel()} bytes does not fit")
         if segment in receiving.received:
             raise TransferError("duplicate_segment", f"{segment} came twice")
-        shape = (2, segment.num_tokens, layout.num_kv_heads, layout.head_size)
-        values = payload.view(getattr(torch, layout.dtype)).view(shape)
-        self._storage.write(segment.layer, receiving.block_ids, segment.token_start, segment.token_end, values)
+        self._storage.write(segment.layer, receiving.block_ids, segment.token_start, segment.token_end, payload)
         if self._storage.device.type == "cuda":  # staging is used again, and decode may read on another stream
             torch.cuda.current_stream(self._storage.device).synchronize()
         receiving.received[segment] = record

@@ -6,8 +6,6 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from core.clock import Clock
 from core.errors import TransferError
 from core.messages import TransferStats
@@ -183,7 +181,7 @@ class KVSender:
         return sending
 
     def _push(self, sending: _Sending, layer: int, start: int, end: int, block_ids: Sequence[int]) -> bool:
-        data = self._storage.read(layer, block_ids, start, end).flatten().view(torch.uint8)
+        data = self._storage.read(layer, block_ids, start, end)
         segment = Segment(layer, 0, self._storage.layout.num_kv_heads, start, end)
         # on a GPU the checksum waits for the copy, so that the channel's thread may touch it from any stream
         record = SegmentRecord(segment, data.numel(), checksum(data))

@@ -53,6 +53,7 @@ def layout_to_wire(layout: KVLayout) -> pb.KVLayout:
         head_size=layout.head_size,
         block_size=layout.block_size,
         dtype=layout.dtype,
+        kind=layout.kind,
     )
 
 

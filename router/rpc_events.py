@@ -99,6 +99,7 @@ def _layout(layout: pb.KVLayout) -> KVLayout:
         head_size=layout.head_size,
         block_size=layout.block_size,
         dtype=layout.dtype,
+        kind=layout.kind,
     )
 
 

@@ -57,10 +57,10 @@ def accept(record: CommitRecord, name: str = "t", attempt: int = 1, first_token_
 
 
 def kv(layer: int, token_ids: Sequence[int], start: int) -> torch.Tensor:
-    """What a step writes for tokens from position `start` on: [2, T, K, D]."""
+    """What a step writes for tokens from position `start` on, K and V [2, T, K, D] float32, as a payload."""
     places = torch.arange(start, start + len(token_ids), dtype=torch.float32)
     base = 1e4 * layer + 100 * places + torch.tensor(token_ids, dtype=torch.float32)
-    return base.view(1, -1, 1, 1) + torch.arange(16.0).view(2, 1, 2, 4) / 32
+    return (base.view(1, -1, 1, 1) + torch.arange(16.0).view(2, 1, 2, 4) / 32).flatten().view(torch.uint8)
 
 
 class Side:

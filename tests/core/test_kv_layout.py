@@ -11,7 +11,14 @@ LAYOUT = KVLayout("m", "f" * 8, num_layers=4, num_kv_heads=2, head_size=64, bloc
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("fingerprint", "other"), ("num_layers", 5), ("num_kv_heads", 4), ("head_size", 32), ("dtype", "bfloat16")],
+    [
+        ("fingerprint", "other"),
+        ("num_layers", 5),
+        ("num_kv_heads", 4),
+        ("head_size", 32),
+        ("dtype", "int8"),
+        ("kind", "latent"),
+    ],
 )
 def test_a_difference_that_matters_is_named_with_both_values(field: str, value: object) -> None:
     other = replace(LAYOUT, **{field: value})  # type: ignore[arg-type]
@@ -28,3 +35,12 @@ def test_bytes_count_k_and_v_of_all_heads(dtype: str, item_bytes: int) -> None:
     layout = replace(LAYOUT, dtype=dtype)
     assert layout.bytes_per_token_per_layer == 2 * 2 * 64 * item_bytes
     assert layout.bytes_per_block == 4 * 16 * layout.bytes_per_token_per_layer
+
+
+def test_int8_has_a_scale_for_each_vector() -> None:
+    assert replace(LAYOUT, dtype="int8").bytes_per_token_per_layer == 2 * 2 * (64 + 4)
+
+
+def test_a_latent_is_one_vector_a_token() -> None:
+    latent = replace(LAYOUT, kind="latent", num_kv_heads=1, head_size=576, dtype="bfloat16")
+    assert latent.bytes_per_token_per_layer == 576 * 2

@@ -27,6 +27,7 @@ MAX_TIE = 1e-4
 """Gap of two float32 logits, below which either token may come first."""
 LOGITS_TOLERANCE = 2e-4
 BFLOAT16_TOLERANCE = 0.25
+KV_TOLERANCE = 0.1
 
 MODES = {
     "alone": EngineConfig(num_blocks=16, max_num_seqs=1),
@@ -137,7 +138,21 @@ def test_bfloat16_tokens_are_nearly_the_best(reference: Any, device: torch.devic
     prompts = [[i, 2 * i, 3 * i] for i in range(1, 9)]
     engine = load(made.folder, MODES["batched"], device, "bfloat16")
     assert engine.layout.dtype == "bfloat16"
-    for prompt, ours in zip(prompts, generate(engine, prompts), strict=True):
+    check_nearly_the_best(made, prompts, generate(engine, prompts), BFLOAT16_TOLERANCE)
+
+
+def check_nearly_the_best(made: Any, prompts: list[list[int]], outputs: list[list[int]], tolerance: float) -> None:
+    for prompt, ours in zip(prompts, outputs, strict=True):
         logits = made.logits(prompt + ours)[len(prompt) - 1 : -1]
         gaps = logits.amax(dim=-1) - logits[torch.arange(NUM_NEW_TOKENS), torch.tensor(ours)]
-        assert gaps.max().item() < BFLOAT16_TOLERANCE
+        assert gaps.max().item() < tolerance
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "float16", "int8"])
+def test_tokens_over_a_smaller_kv_cache_are_nearly_the_best(reference: Any, kv_cache_dtype: Any, device: Any) -> None:
+    made = reference("qwen3")
+    prompts = [[i, 2 * i, 3 * i] for i in range(1, 9)]
+    config = replace(MODES["batched"], kv_cache_dtype=kv_cache_dtype)
+    engine = load(made.folder, config, device)
+    assert engine.layout.dtype == kv_cache_dtype
+    check_nearly_the_best(made, prompts, generate(engine, prompts), KV_TOLERANCE)

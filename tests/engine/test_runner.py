@@ -10,6 +10,7 @@ from core.sampling import SamplingParams
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import Plan, PlanEntry, StepResult
+from kernels.paged_kv import token_views
 
 GREEDY = SamplingParams(max_tokens=9, temperature=0)
 PROMPT = tuple(range(3, 40))
@@ -51,7 +52,7 @@ def test_layers_are_told_in_order_when_their_kv_stands(engine: Engine) -> None:
     engine.runner.run(Plan((prompt(),)), on_layer)
     assert len(seen) == engine.layout.num_layers
     for layer, kv in enumerate(seen):
-        assert kv.abs().sum() > 0
+        assert kv.any()
         assert torch.equal(kv, engine.storage.read(layer, BLOCKS, 0, len(PROMPT)))
 
 
@@ -66,8 +67,9 @@ def test_an_error_in_the_callback_ends_the_step(engine: Engine) -> None:
 def test_only_blocks_of_the_plan_are_written(engine: Engine) -> None:
     engine.runner.run(Plan((prompt(),)))
     for layer in engine.storage.layers:
-        touched = layer.flatten(1).any(dim=1).nonzero().flatten().tolist()
-        assert touched == sorted(BLOCKS[: -(-len(PROMPT) // engine.layout.block_size)])
+        for view in token_views(layer):
+            touched = view.flatten(1).any(dim=1).nonzero().flatten().tolist()
+            assert touched == sorted(BLOCKS[: -(-len(PROMPT) // engine.layout.block_size)])
 
 
 def test_chunks_leave_the_same_kv_as_one_step(engine: Engine) -> None:
@@ -78,7 +80,8 @@ def test_chunks_leave_the_same_kv_as_one_step(engine: Engine) -> None:
         engine.runner.run(Plan((PlanEntry("b", PROMPT[start:end], start, other, None),)))
     assert engine.runner.run(Plan((PlanEntry("b", PROMPT[36:], 36, other, GREEDY),))).drawn["b"] == whole.drawn["a"]
     for layer, expected in enumerate(kv):
-        torch.testing.assert_close(engine.storage.read(layer, other, 0, len(PROMPT)), expected, rtol=1e-4, atol=1e-4)
+        chunked = engine.storage.read(layer, other, 0, len(PROMPT)).view(torch.float32)
+        torch.testing.assert_close(chunked, expected.view(torch.float32), rtol=1e-4, atol=1e-4)
 
 
 def test_kv_that_was_carried_over_decodes_like_kv_that_was_computed(
@@ -104,8 +107,8 @@ def test_garbage_of_an_earlier_request_can_not_reach_another(engine: Engine) -> 
     engine.runner.run(Plan((replace(entries[1], token_ids=PROMPT[:12], start=0, sampling=None),)))
     clean = engine.runner.run(Plan(tuple(entries)))
     for layer in engine.storage.layers:
-        for block in set(range(NUM_BLOCKS)) - {9}:
-            layer[block] = float("nan")
+        for view in token_views(layer):
+            view[[block for block in range(NUM_BLOCKS) if block != 9]] = float("nan")
     assert engine.runner.run(Plan(tuple(entries))) == clean
 
 

@@ -36,31 +36,15 @@ def test_sampled_rows_are_the_last_of_their_entries() -> None:
     assert inputs.token_ids[inputs.sampled_rows].tolist() == [4, 3, 8]
 
 
-def test_decodes_of_similar_length_share_a_group() -> None:
-    lens = [1, 4, 5, 8, 9, 16, 17, 30, 200]
-    inputs = build(*(PlanEntry(str(n), (n % 100,), n - 1, tuple(range(60)), None) for n in reversed(lens)))
-    groups = [sorted(group.context_lens.tolist()) for group in inputs.decode_groups]
-    assert groups == [[1, 4], [5, 8], [9, 16], [17, 30], [200]]
-    assert [group.max_context_len for group in inputs.decode_groups] == [4, 8, 16, 30, 200]
-    assert [group.block_tables.shape[1] for group in inputs.decode_groups] == [1, 2, 4, 8, 50]
-    assert [(group.rows.start, group.rows.stop) for group in inputs.decode_groups] == [
-        (0, 2),
-        (2, 4),
-        (4, 6),
-        (6, 8),
-        (8, 9),
-    ]
-
-
-def test_tables_hold_the_blocks_of_the_context_only() -> None:
+def test_spans_name_rows_positions_and_the_blocks_of_the_context_only() -> None:
     inputs = build(
-        PlanEntry("a", (1,), 8, (9, 8, 7, 6, 5), None),
-        PlanEntry("b", (1,), 12, (1, 2, 3, 4, 5), None),
-        PlanEntry("c", (1, 2), 3, (4, 3, 2, 1), None),
+        PlanEntry("long", (1,), 8, (9, 8, 7, 6, 5), None),
+        PlanEntry("prefill", (1, 2), 3, (4, 3, 2, 1), None),
+        PlanEntry("short", (1,), 2, (6, 5), None),
     )
-    assert inputs.decode_groups[0].block_tables.tolist() == [[9, 8, 7, 0], [1, 2, 3, 4]]
-    assert inputs.prefill_spans[0].block_table.tolist() == [4, 3]
-    assert (inputs.prefill_spans[0].start, inputs.prefill_spans[0].rows) == (3, slice(2, 4))
+    assert inputs.spans.table.tolist() == [[0, 1, 2, 0], [1, 1, 8, 1], [2, 2, 3, 4]]
+    assert inputs.spans.blocks.tolist() == [6, 9, 8, 7, 4, 3]
+    assert torch.equal(inputs.spans.host_table, inputs.spans.table)
 
 
 @pytest.mark.parametrize("token_id", [-1, 100])

@@ -1,11 +1,10 @@
-"""Norm, rotation, activation and cache write against their formulas."""
+"""Norm, rotation and activation against their formulas."""
 
 import math
 
 import pytest
 import torch
 
-from kernels.kv_write import write_kv_
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope, rope_angles
 from kernels.swiglu import swiglu
@@ -49,14 +48,3 @@ def test_swiglu(device: torch.device, rng: torch.Generator) -> None:
     expected = x[:, :5] / (1 + (-x[:, :5]).exp()) * x[:, 5:]
     torch.testing.assert_close(swiglu(x), expected)
     assert torch.equal(x, before)
-
-
-def test_kv_write_touches_its_slots_only(device: torch.device, rng: torch.Generator) -> None:
-    cache = torch.zeros(4, 3, 2, 2, 5, device=device)
-    k, v = (torch.randn(3, 2, 5, generator=rng, device=device) for _ in range(2))
-    slots = [11, 0, 4]
-    write_kv_(cache, torch.tensor(slots, device=device), k, v)
-    expected = torch.zeros(12, 2, 2, 5, device=device)
-    for t, slot in enumerate(slots):
-        expected[slot, 0], expected[slot, 1] = k[t], v[t]
-    assert torch.equal(cache, expected.view_as(cache))

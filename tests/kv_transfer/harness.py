@@ -18,6 +18,7 @@ from core.kv_layout import KVLayout
 from core.messages import Connect, PairUp
 from core.ticket import CommitRecord, Ticket
 from engine.kv_storage import KVStorage
+from kernels.paged_kv import token_views
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import KVEvent, TransferReady
 from kv_transfer.plane import KVPlane
@@ -32,8 +33,15 @@ Event = TypeVar("Event", bound=object)
 _numbers = itertools.count(1)
 
 
-def layout(*, block_size: int = 4, dtype: str = "float32", num_layers: int = 3, fingerprint: str = "f") -> KVLayout:
-    return KVLayout("model", fingerprint, num_layers, 2, 8, block_size, dtype)
+def layout(
+    *,
+    block_size: int = 4,
+    dtype: str = "float32",
+    num_layers: int = 3,
+    fingerprint: str = "f",
+    kind: str = "heads",
+) -> KVLayout:
+    return KVLayout("model", fingerprint, num_layers, 2 if kind == "heads" else 1, 8, block_size, dtype, kind)
 
 
 def tickets(prefill: str, decode: str, epoch: int, attempt: int = 1, transfer_id: str | None = None) -> Ticket:
@@ -57,7 +65,8 @@ class Worker:
         self.name, self.layout = name, shape
         self.storage = KVStorage(shape, num_blocks, torch.device("cpu"))
         for layer in self.storage.layers:
-            layer.copy_(torch.randn_like(layer))
+            for view in token_views(layer):
+                view.copy_(30 * torch.randn(view.shape))
         self.events: queue.SimpleQueue[KVEvent] = queue.SimpleQueue()
         rendezvous = network.rendezvous(name, config.connect_timeout_s) if network else None
         self.plane = KVPlane(name, self.storage, HOST, config, clock, self.events.put, rendezvous)
@@ -79,8 +88,9 @@ class Worker:
         return self.events.empty()
 
     def snapshot(self) -> torch.Tensor:
-        """[L, num_blocks, ...]"""
-        return torch.stack(list(self.storage.layers))
+        """[num_blocks, N]: all that any layer holds of each block."""
+        views = [view for layer in self.storage.layers for view in token_views(layer)]
+        return torch.cat([view.flatten(1) for view in views], dim=1)
 
 
 def connects(prefill: Worker, decode: Worker, epoch: int) -> tuple[Connect, Connect]:

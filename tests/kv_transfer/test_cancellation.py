@@ -10,6 +10,7 @@ import torch
 
 from core.clock import ManualClock
 from core.errors import TransferError
+from kernels.paged_kv import token_views
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import TransferFailed, TransferReady
 from tests.kv_transfer.harness import WAIT_S, Transfer, Worker, layout, pair, tickets
@@ -96,10 +97,11 @@ def test_late_segments_do_not_touch_blocks_that_have_a_new_owner(
     late.push()
     decode.plane.receiver.release(late.key)
     for layer in decode.storage.layers:
-        layer[list(late.target)] = 7.0  # written by the blocks' new owner
+        for view in token_views(layer):
+            view[list(late.target)] = 7.0  # written by the blocks' new owner
     network.to_receiver[1].hold(False)
     prove_the_channel(prefill, decode)
-    assert bool((decode.snapshot()[:, late.target] == 7.0).all())
+    assert bool((decode.snapshot()[list(late.target)] == 7.0).all())
     assert decode.plane.receiver.num_discarded_segments > 0
     prefill.plane.sender.release(late.key)
 

@@ -183,6 +183,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             head_size=8,
             block_size=self.block_size,
             dtype="float32",
+            kind="heads",
         )
         return pb.WorkerHello(
             wire_version=self.script.wire_version,

@@ -206,6 +206,7 @@ class KVLayout(google.protobuf.message.Message):
     HEAD_SIZE_FIELD_NUMBER: builtins.int
     BLOCK_SIZE_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
     model: builtins.str
     fingerprint: builtins.str
     """of config and weights"""
@@ -214,6 +215,9 @@ class KVLayout(google.protobuf.message.Message):
     head_size: builtins.int
     block_size: builtins.int
     dtype: builtins.str
+    """float32, bfloat16, float16, or int8 with a float32 scale for each vector"""
+    kind: builtins.str
+    """heads: K and V of each KV head; latent: one vector of head_size a token"""
     def __init__(
         self,
         *,
@@ -224,8 +228,9 @@ class KVLayout(google.protobuf.message.Message):
         head_size: builtins.int = ...,
         block_size: builtins.int = ...,
         dtype: builtins.str = ...,
+        kind: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "dtype", b"dtype", "fingerprint", b"fingerprint", "head_size", b"head_size", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "dtype", b"dtype", "fingerprint", b"fingerprint", "head_size", b"head_size", "kind", b"kind", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers"]) -> None: ...
 
 Global___KVLayout: typing_extensions.TypeAlias = KVLayout
 
