@@ -54,8 +54,8 @@ def build_step_inputs(plan: Plan, block_size: int, vocab_size: int, device: torc
     table = np.stack((row_starts, num_rows, starts, offsets), axis=1).astype(np.int32)
     packed = _to_device(np.concatenate((table.ravel(), blocks)), device)
     spans = Spans(packed[: table.size].view(-1, 4), packed[table.size :], torch.from_numpy(table))
-    parts = torch.split(wide, [token_ids.size, token_ids.size, token_ids.size, sampled_rows.size])
-    return StepInputs(*parts[:3], spans, tuple(e for e in entries if e.sampling is not None), parts[3])
+    tokens, at, places, rows = torch.split(wide, [token_ids.size] * 3 + [sampled_rows.size])
+    return StepInputs(tokens, at, places, spans, tuple(e for e in entries if e.sampling is not None), rows)
 
 
 def _sampled_rows(entries: Sequence[PlanEntry], ends: Ints) -> Ints:
