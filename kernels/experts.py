@@ -5,22 +5,26 @@ T tokens, C hidden size, I size of an expert, E experts, k chosen ones a token.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from kernels.activation import Activation
-from kernels.linear import GatedLinear, Linear, WeightPart, make_gated_linear, make_linear
+from kernels.linear import GatedLinear, Linear, make_gated_linear, make_linear
+from kernels.native import native_function
+from kernels.native_linear import NativeLinear, WeightPart
 from kernels.quantize import Precision
 
 
 class Experts(Protocol):
     """Weighted sum of gated MLPs. Owns their weights."""
 
-    num_experts: int
+    @property
+    def num_experts(self) -> int: ...
 
     def __call__(self, x: Tensor, weights: Tensor, expert_ids: Tensor, residual: Tensor | None = None) -> Tensor:
         """x, residual: [T, C]; weights: [T, k] float32; expert_ids: [T, k] int64, no two alike in a row; returns
@@ -48,7 +52,34 @@ def make_experts(
     downs = [
         make_linear([d], b, precision, group_size=group_size) for d, b in zip(down, down_bias or none, strict=True)
     ]
+    if all(isinstance(layer, NativeLinear) for layer in (*gate_ups, *downs)):
+        return NativeExperts(cast("list[NativeLinear]", gate_ups), cast("list[NativeLinear]", downs))
     return TorchExperts(tuple(gate_ups), tuple(downs))
+
+
+class NativeExperts:
+    """The same in C++: see `csrc/experts.cpp`."""
+
+    def __init__(self, gate_up: Sequence[NativeLinear], down: Sequence[NativeLinear]) -> None:
+        self.num_experts = len(down)
+        self._layers = (tuple(gate_up), tuple(down))  # keeps what the pointers point to
+        self._gate_up, self._down = (self._pointers(layers) for layers in self._layers)
+        self._run = native_function("penstock_experts", "ppqpppqqpp")
+
+    def _pointers(self, layers: Sequence[NativeLinear]) -> ctypes.Array[ctypes.c_void_p]:
+        return (ctypes.c_void_p * self.num_experts)(*(ctypes.addressof(layer.weight.struct) for layer in layers))
+
+    def __call__(self, x: Tensor, weights: Tensor, expert_ids: Tensor, residual: Tensor | None = None) -> Tensor:
+        x, weights, expert_ids = x.contiguous(), weights.contiguous(), expert_ids.contiguous()
+        out = torch.empty_like(x)
+        if residual is not None:
+            residual = residual.contiguous()
+        self._run(
+            *(ctypes.addressof(self._gate_up), ctypes.addressof(self._down), self.num_experts),
+            *(x.data_ptr(), weights.data_ptr(), expert_ids.data_ptr(), *expert_ids.shape),
+            *(None if residual is None else residual.data_ptr(), out.data_ptr()),
+        )
+        return out
 
 
 @dataclass(frozen=True, slots=True)

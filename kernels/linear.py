@@ -24,8 +24,11 @@ _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class Linear(Protocol):
     """`y = x W^T + bias + residual`, the last two where there are any. Owns its weight, in whatever form runs best."""
 
-    in_features: int
-    out_features: int
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [T, K]; residual: [T, N]; returns [T, N] in x's dtype."""
@@ -34,8 +37,11 @@ class Linear(Protocol):
 class GatedLinear(Protocol):
     """`activation(x Wg^T + bg) * (x Wu^T + bu)`"""
 
-    in_features: int
-    out_features: int
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, K]; returns [T, N] in x's dtype."""
@@ -48,8 +54,8 @@ def make_linear(
 
     Parts that are codes already stay as they are, whatever `precision` says: all of a layer's or none.
     """
-    if (native := library()) is not None and _is_on_cpu(parts[0]):
-        return pack_linear(native, parts, bias, precision, group_size)
+    if library() is not None and _is_on_cpu(parts[0]):
+        return pack_linear(parts, bias, precision, group_size)
     return TorchLinear(make_weight(parts, precision, group_size), bias)
 
 
@@ -63,8 +69,8 @@ def make_gated_linear(
     *,
     group_size: int = 128,
 ) -> GatedLinear:
-    if (native := library()) is not None and _is_on_cpu(gate):
-        return pack_gated_linear(native, gate, up, gate_bias, up_bias, precision, activation, group_size)
+    if library() is not None and _is_on_cpu(gate):
+        return pack_gated_linear(gate, up, gate_bias, up_bias, precision, activation, group_size)
     bias = None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
     return TorchGatedLinear(TorchLinear(make_weight([gate, up], precision, group_size), bias), activation)
 
@@ -126,7 +132,6 @@ class TorchLinear:
 @dataclass(frozen=True, slots=True)
 class TorchGatedLinear:
     gate_up: TorchLinear
-
     activation: Activation
 
     @property

@@ -13,9 +13,11 @@ import logging
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,13 @@ _FLAGS = {"avx512_vnni": (*_AVX512, "-mavx512vnni"), "avx512": _AVX512, "avx2": 
 """Best first."""
 _COMMON = ("-std=c++20", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
 _BUILD_TIMEOUT_S = 300
+_ARGUMENTS: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "i": ctypes.c_int32,
+    "q": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+}
 
 
 def cpu_isa() -> str:
@@ -63,6 +72,27 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning("the C++ kernels can't be built or loaded, the slow torch kernels run instead: %s", error)
     return None
+
+
+@cache
+def function(name: str, arguments: str) -> Callable[..., Any] | None:
+    """A function of the library that takes `arguments`, a letter each; None where there is no library.
+
+    p pointer (an address, or None), i int32, q int64, f float, d double. It returns an int32, if anything.
+    """
+    native = library()
+    if native is None:
+        return None
+    found = native[name]  # an object of its own: its argument types are this caller's
+    found.argtypes = [_ARGUMENTS[letter] for letter in arguments]
+    return found
+
+
+def native_function(name: str, arguments: str) -> Callable[..., Any]:
+    """`function`, where the caller knows that there is a library."""
+    found = function(name, arguments)
+    assert found is not None, f"{name} without the library"
+    return found
 
 
 def build(compiler: str, isa: str) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.activation import Activation
+from kernels.native import native_function
 from kernels.quantize import Precision, QuantizedWeight, quantize_weight
 
 WeightPart = Tensor | QuantizedWeight
@@ -43,12 +44,13 @@ class Weights(ctypes.Structure):
 class PackedWeight:
     """A weight in panels: `struct` is what the kernels read, and points into tensors that live as long as this."""
 
-    def __init__(self, native: ctypes.CDLL, kind: str, n: int, k: int, group_size: int, activation: str) -> None:
+    def __init__(self, kind: str, n: int, k: int, group_size: int, activation: str) -> None:
         self.kind, self.gated = kind, activation != "none"
         self.struct = Weights(_KINDS[kind], _ACTIVATIONS[activation], n, k, group_size)
-        self._native, self._num_panels = native, -(-n // (_LANES if self.gated else _PANEL))
-        native.penstock_packed_bytes.restype = ctypes.c_int64
-        self._data = torch.zeros(native.penstock_packed_bytes(ctypes.byref(self.struct)), dtype=torch.uint8)
+        self._num_panels = -(-n // (_LANES if self.gated else _PANEL))
+        num_bytes = ctypes.c_int64()
+        native_function("penstock_packed_bytes", "pp")(ctypes.addressof(self.struct), ctypes.addressof(num_bytes))
+        self._data = torch.zeros(num_bytes.value, dtype=torch.uint8)
         self.struct.data = self._data.data_ptr()
         shape = (self._num_panels, k // group_size if kind.startswith("codes") else 1, _PANEL)
         self._scales = torch.zeros(shape) if kind in ("int8", "codes4", "codes8") else None
@@ -82,11 +84,8 @@ class PackedWeight:
 
     def _put_rows(self, rows: Tensor, place: int, first: int) -> None:
         rows = rows.contiguous()
-        self._native.penstock_pack(
-            ctypes.byref(self.struct),
-            *(ctypes.c_void_p(rows.data_ptr()), ctypes.c_int64(rows.shape[0]), ctypes.c_int32(place)),
-            ctypes.c_int64(first),
-        )
+        pack = native_function("penstock_pack", "ppqiq")
+        pack(ctypes.addressof(self.struct), rows.data_ptr(), rows.shape[0], place, first)
 
     def _put_codes(self, weight: QuantizedWeight, place: int, first: int) -> None:
         assert self._scales is not None, "codes in a layer of floats"
@@ -117,11 +116,11 @@ class PackedWeight:
 class NativeLinear:
     """A layer of `kernels/linear.py` whose weight is packed."""
 
-    def __init__(self, native: ctypes.CDLL, weight: PackedWeight) -> None:
+    def __init__(self, weight: PackedWeight) -> None:
         self.weight = weight
         self.in_features, self.out_features = int(weight.struct.k), int(weight.struct.n)
-        self._run, self._struct = native.penstock_linear, ctypes.c_void_p(ctypes.addressof(weight.struct))
-        self._run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+        self._run = native_function("penstock_linear", "ppqpp")
+        self._address = ctypes.addressof(weight.struct)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [T, K] float32; residual: [T, N]; returns [T, N]."""
@@ -130,28 +129,26 @@ class NativeLinear:
         x = x.contiguous()
         if residual is not None:
             residual = residual.contiguous()
-        self._run(
-            *(self._struct, x.data_ptr(), num_rows, None if residual is None else residual.data_ptr(), out.data_ptr())
-        )
+        added = None if residual is None else residual.data_ptr()
+        self._run(self._address, x.data_ptr(), num_rows, added, out.data_ptr())
         return out
 
 
 def pack_linear(
-    native: ctypes.CDLL, parts: Sequence[WeightPart], bias: Tensor | None, precision: Precision, group_size: int
+    parts: Sequence[WeightPart], bias: Tensor | None, precision: Precision, group_size: int
 ) -> NativeLinear:
     n = sum(num_rows for num_rows, _ in map(_shape, parts))
-    weight = _empty(native, parts[0], n, precision, group_size, "none")
+    weight = _empty(parts[0], n, precision, group_size, "none")
     first = 0
     for part in parts:
         weight.put(part, _PLAIN, first)
         first += _shape(part)[0]
     if bias is not None:
         weight.put_bias(bias, _PLAIN)
-    return NativeLinear(native, weight)
+    return NativeLinear(weight)
 
 
 def pack_gated_linear(
-    native: ctypes.CDLL,
     gate: WeightPart,
     up: WeightPart,
     gate_bias: Tensor | None,
@@ -160,12 +157,12 @@ def pack_gated_linear(
     activation: Activation,
     group_size: int,
 ) -> NativeLinear:
-    weight = _empty(native, gate, _shape(gate)[0], precision, group_size, activation)
+    weight = _empty(gate, _shape(gate)[0], precision, group_size, activation)
     for part, bias, place in ((gate, gate_bias, _GATE), (up, up_bias, _UP)):
         weight.put(part, place, 0)
         if bias is not None:
             weight.put_bias(bias, place)
-    return NativeLinear(native, weight)
+    return NativeLinear(weight)
 
 
 def _shape(part: WeightPart) -> tuple[int, int]:
@@ -173,13 +170,11 @@ def _shape(part: WeightPart) -> tuple[int, int]:
     return num_rows, num_columns
 
 
-def _empty(
-    native: ctypes.CDLL, part: WeightPart, n: int, precision: Precision, group_size: int, activation: str
-) -> PackedWeight:
+def _empty(part: WeightPart, n: int, precision: Precision, group_size: int, activation: str) -> PackedWeight:
     """Room for a layer like `part`: codes stay as they are, floats are stored as `precision` says."""
     k = _shape(part)[1]
     if isinstance(part, Tensor) and precision in _FLOATS:
-        return PackedWeight(native, precision, n, k, k, activation)
+        return PackedWeight(precision, n, k, k, activation)
     first = (
         part
         if isinstance(part, QuantizedWeight)
@@ -188,4 +183,4 @@ def _empty(
     whole_rows = first.num_bits == 8 and first.group_size == k and first.zeros is None
     packs_in_pairs = first.num_bits == 4 and first.group_size % 2 == 0
     kind = "int8" if whole_rows else "codes4" if packs_in_pairs else "codes8"
-    return PackedWeight(native, kind, n, k, first.group_size, activation)
+    return PackedWeight(kind, n, k, first.group_size, activation)

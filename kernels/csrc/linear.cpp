@@ -1,8 +1,6 @@
 // Linear layers for Python: packing of their weights, and products.
 #include "matmul.h"
 
-#include <cmath>
-
 namespace {
 
 // Where output feature `n` lies: of plain layers, or as the gate or up of a gated one.
@@ -38,17 +36,16 @@ void pack_items(const T* rows, int64_t num_rows, int64_t k, int64_t step, Place 
 extern "C" {
 
 // Bytes of `Weights::data`; they must start as zeros.
-EXPORT int64_t penstock_packed_bytes(const Weights* w) {
+EXPORT void penstock_packed_bytes(const Weights* w, int64_t* num_bytes) {
     const int64_t columns = w->num_panels() * PANEL;
     switch (w->kind) {
-        case Kind::F32: return columns * w->k * 4;
+        case Kind::F32: *num_bytes = columns * w->k * 4; break;
         case Kind::BF16:
-        case Kind::F16: return columns * w->k * 2;
-        case Kind::INT8: return columns * int8_row_len(w->k);
-        case Kind::CODES8: return columns * w->k;
-        case Kind::CODES4: return columns * w->k / 2;
+        case Kind::F16: *num_bytes = columns * w->k * 2; break;
+        case Kind::INT8: *num_bytes = columns * int8_row_len(w->k); break;
+        case Kind::CODES8: *num_bytes = columns * w->k; break;
+        case Kind::CODES4: *num_bytes = columns * w->k / 2; break;
     }
-    return 0;
 }
 
 // rows: [num_rows, K], contiguous: floats or halves as they are stored, or codes [-128, 127]. CODES4 takes [num_rows, K / 2]
@@ -73,8 +70,10 @@ EXPORT void penstock_pack(const Weights* w, const void* rows, int64_t num_rows, 
 
 // x: [T, K]; residual: [T, N] or null; out: [T, N]; all contiguous.
 EXPORT void penstock_linear(const Weights* w, const float* x, int64_t num_rows, const float* residual, float* out) {
-    const PackedRows rows = pack_rows(*w, x, w->k, nullptr, num_rows, scratch(0, packed_rows_bytes(*w, num_rows)));
+    const RowSource source{x, nullptr};
+    const PackedRows rows = lay_out_rows(*w, source, num_rows, scratch(0, packed_rows_bytes(*w, num_rows)));
     const int64_t num_panels = w->num_panels(), num_tiles = rows.num_tiles();
+    pool::parallel_for(num_tiles, [&](int64_t tile) { pack_tile(*w, source, rows, tile); });
     // Few panels and many rows: the rows are shared as well, or some threads would have nothing to do.
     const int64_t num_parts = std::min<int64_t>(num_tiles, num_panels < 4 * pool::num_threads() ? 4 : 1);
     pool::parallel_for(num_panels * num_parts, [&](int64_t item) {

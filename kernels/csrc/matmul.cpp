@@ -190,27 +190,28 @@ int64_t packed_rows_bytes(const Weights& w, int64_t num_rows) {
     return round_up(codes) + num_rows * static_cast<int64_t>(sizeof(float));
 }
 
-PackedRows pack_rows(const Weights& w, const float* x, int64_t stride, const int32_t* row_ids, int64_t num_rows, void* memory) {
-    const bool is_int8 = w.kind == Kind::INT8;
-    if (!is_int8 && num_rows == 1) return {1, x + (row_ids ? row_ids[0] : 0) * stride, nullptr, nullptr};
-    const int64_t row_len = int8_row_len(w.k);
-    const int64_t code_bytes = round_up(num_rows * row_len * static_cast<int64_t>(sizeof(Int8Row)));
-    float* floats = static_cast<float*>(memory);
-    Int8Row* codes = static_cast<Int8Row*>(memory);
+// A single row of floats is its own transpose: it stays where it is, and is only read there.
+PackedRows lay_out_rows(const Weights& w, const RowSource& source, int64_t num_rows, void* memory) {
+    if (w.kind != Kind::INT8) {
+        float* floats = num_rows == 1 ? const_cast<float*>(source.row(0, w.k)) : static_cast<float*>(memory);
+        return {num_rows, floats, nullptr, nullptr};
+    }
+    const int64_t code_bytes = round_up(num_rows * int8_row_len(w.k) * static_cast<int64_t>(sizeof(Int8Row)));
     float* scales = reinterpret_cast<float*>(static_cast<char*>(memory) + code_bytes);
-    const PackedRows rows = is_int8 ? PackedRows{num_rows, nullptr, codes, scales} : PackedRows{num_rows, floats, nullptr, nullptr};
-    pool::parallel_for(rows.num_tiles(), [&](int64_t tile) {
-        const int tile_rows = rows.rows_in(tile);
-        for (int r = 0; r < tile_rows; ++r) {
-            const int64_t row = tile * MAX_ROWS + r;
-            const float* source = x + (row_ids ? row_ids[row] : row) * stride;
-            if (is_int8)
-                scales[row] = quantize_row(source, w.k, codes + tile * MAX_ROWS * row_len + r * INT8_STEP, tile_rows);
-            else
-                transpose_row(source, w.k, floats + tile * MAX_ROWS * w.k + r, tile_rows);
+    return {num_rows, nullptr, static_cast<Int8Row*>(memory), scales};
+}
+
+void pack_tile(const Weights& w, const RowSource& source, const PackedRows& rows, int64_t tile) {
+    const int64_t first = tile * MAX_ROWS, row_len = int8_row_len(w.k);
+    const int num_rows = rows.rows_in(tile);
+    if (rows.codes) {
+        for (int r = 0; r < num_rows; ++r) {
+            Int8Row* out = rows.codes + first * row_len + r * INT8_STEP;
+            rows.scales[first + r] = quantize_row(source.row(first + r, w.k), w.k, out, num_rows);
         }
-    });
-    return rows;
+    } else if (rows.num_rows > 1) {
+        for (int r = 0; r < num_rows; ++r) transpose_row(source.row(first + r, w.k), w.k, rows.floats + first * w.k + r, num_rows);
+    }
 }
 
 void multiply_panel(const Weights& w, const PackedRows& rows, int64_t panel, int64_t first, int64_t last, float* out,

@@ -54,9 +54,9 @@ struct Weights {
 // Rows of x as the kernels read them: tile t holds rows [t * MAX_ROWS, ...) as [K][rows].
 struct PackedRows {
     int64_t num_rows;
-    const float* floats;    // all but INT8
-    const Int8Row* codes;   // INT8: [K / step][rows][step], zeros behind K
-    const float* scales;    // INT8: [T]
+    float* floats;          // all but INT8
+    Int8Row* codes;         // INT8: [K / step][rows][step], zeros behind K
+    float* scales;          // INT8: [T]
 
     int64_t num_tiles() const { return (num_rows + MAX_ROWS - 1) / MAX_ROWS; }
     int rows_in(int64_t tile) const { return static_cast<int>(std::min<int64_t>(MAX_ROWS, num_rows - tile * MAX_ROWS)); }
@@ -64,11 +64,17 @@ struct PackedRows {
 
 inline int64_t int8_row_len(int64_t k) { return (k + INT8_STEP - 1) / INT8_STEP * INT8_STEP; }
 
-// Bytes of scratch that `pack_rows` needs.
+// Bytes of memory that `lay_out_rows` needs.
 int64_t packed_rows_bytes(const Weights& w, int64_t num_rows);
 
-// Rows row_ids[i] (or i, where it is null) of x [*, K], `stride` floats apart, into `scratch`.
-PackedRows pack_rows(const Weights& w, const float* x, int64_t stride, const int32_t* row_ids, int64_t num_rows, void* scratch);
+// Rows of x [*, K] (row_ids[i], or i where it is null), to be packed into `memory` by `pack_tile`.
+struct RowSource {
+    const float* x;
+    const int32_t* row_ids;
+    const float* row(int64_t i, int64_t k) const { return x + (row_ids ? row_ids[i] : i) * k; }
+};
+PackedRows lay_out_rows(const Weights& w, const RowSource& source, int64_t num_rows, void* memory);
+void pack_tile(const Weights& w, const RowSource& source, const PackedRows& rows, int64_t tile);
 
 // One panel times all tiles in [first, last): y rows go to out[row_in_pack * out_stride + feature], plus residual where
 // there is one (of the same shape as out).

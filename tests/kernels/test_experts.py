@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from kernels.experts import make_experts
 from kernels.linear import make_gated_linear, make_linear
+from kernels.native import library
 from kernels.quantize import Precision
 
 C, SIZE, NUM_EXPERTS = 48, 40, 5
@@ -85,3 +86,18 @@ def test_all_tokens_may_choose_the_same_experts(rng: torch.Generator) -> None:
     gates = torch.tensor([[0.75, 0.25]], device=rng.device).expand(9, 2).contiguous()
     experts = make_experts(list(weights.gate), list(weights.up), list(weights.down), "float32", "silu")
     torch.testing.assert_close(experts(x, gates, ids), weights(x, gates, ids, False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+def test_a_token_is_the_same_alone_and_among_others(precision: Precision, rng: torch.Generator) -> None:
+    """Bit for bit, whoever else chose the same experts."""
+    if library() is None:
+        pytest.skip("the torch reference makes no such promise")
+    weights = Weights(rng)
+    experts = make_experts(list(weights.gate), list(weights.up), list(weights.down), precision, "silu")
+    x = torch.randn(60, C, generator=rng)
+    gates, ids = choose(60, 2, rng)
+    together = experts(x, gates, ids)
+    for size in (1, 3, 13, 31):
+        parts = zip(torch.split(x, size), torch.split(gates, size), torch.split(ids, size), strict=True)
+        assert torch.equal(torch.cat([experts(*part) for part in parts]), together), size
