@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import native, threads
+from kernels.linear import make_linear
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,3 +82,17 @@ def source_folder(tmp_path: Path, code: str) -> Path:
     (folder / "a.cpp").write_text(code)
     (folder / "a.h").write_text("// nothing")
     return folder
+
+
+def test_threads_that_get_no_core_hold_nothing_up() -> None:
+    """Far more threads than cores, and loops one behind the other: late helpers must not disturb later loops."""
+    layer = make_linear([torch.randn(640, 32)], None, "float32")
+    inputs = [torch.randn(n, 32) for n in (1, 3)]
+    expected, before = [layer(x) for x in inputs], threads.num_threads()
+    threads.set_num_threads(16)
+    try:
+        for _ in range(2000):
+            for x, y in zip(inputs, expected, strict=True):
+                assert torch.equal(layer(x), y)
+    finally:
+        threads.set_num_threads(before)
