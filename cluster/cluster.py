@@ -54,7 +54,7 @@ class Cluster:
             router = RouterSpec(
                 config.model.resolve(), config.model_name, config.engine.max_model_len, self._router(), config.log_level
             )
-            self.endpoints = self.launcher.start(router, self._workers(), deadline - time.monotonic())
+            self.endpoints = self.launcher.start(router, worker_specs(self.config), deadline - time.monotonic())
             self._wait_until_serving(deadline)
         except BaseException:
             self.close()
@@ -67,37 +67,6 @@ class Cluster:
         """On a cluster of several machines, a router that listens on loopback would be alone."""
         router = self.config.router
         return replace(router, host="0.0.0.0") if self.config.ray_address and router.host == "127.0.0.1" else router
-
-    def _workers(self) -> list[WorkerSpec]:
-        config = self.config
-        pools: dict[WorkerRole, PoolConfig] = {
-            WorkerRole.PREFILL: config.prefill,
-            WorkerRole.DECODE: config.decode,
-            WorkerRole.MIXED: config.mixed,
-        }
-        num_workers = sum(pool.num_workers for pool in pools.values())
-        shared_cores = max(1, (os.cpu_count() or 1) // num_workers)  # one host: its cores are shared
-        return [
-            WorkerSpec(
-                worker_id=f"{role.value}-{index}",
-                role=role,
-                model=config.model.resolve(),
-                model_name=config.model_name,
-                engine=replace(
-                    config.engine,
-                    num_threads=config.engine.num_threads
-                    or (max(1, int(pool.num_cpus)) if config.ray_address else shared_cores),
-                ),
-                transfer=config.transfer,
-                host="" if config.ray_address else config.host,
-                num_cpus=pool.num_cpus,
-                num_gpus=pool.num_gpus,
-                drain_timeout_s=config.drain_timeout_s,
-                log_level=config.log_level,
-            )
-            for role, pool in pools.items()
-            for index in range(pool.num_workers)
-        ]
 
     def _wait_until_serving(self, deadline: float) -> None:
         """Follow the router's health until it serves; between, ask the launcher whether it ever will."""
@@ -117,6 +86,38 @@ class Cluster:
                 raise UnavailableError(reason)
         reason = self.launcher.failure(final=True) or "the log of the workers says why"
         raise UnavailableError(f"no worker could serve within {self.config.startup_timeout_s:g} s: {reason}")
+
+
+def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
+    """All workers that the configuration asks for. On one host each gets cores of its own, if there are enough."""
+    pools: dict[WorkerRole, PoolConfig] = {
+        WorkerRole.PREFILL: config.prefill,
+        WorkerRole.DECODE: config.decode,
+        WorkerRole.MIXED: config.mixed,
+    }
+    named = [(role, index) for role, pool in pools.items() for index in range(pool.num_workers)]
+    cores = [] if config.ray_address else sorted(os.sched_getaffinity(0))  # one host: its cores are shared
+    share = len(cores) // len(named)
+    return [
+        WorkerSpec(
+            worker_id=f"{role.value}-{index}",
+            role=role,
+            model=config.model.resolve(),
+            model_name=config.model_name,
+            engine=replace(
+                config.engine,
+                num_threads=config.engine.num_threads or max(1, share or int(pools[role].num_cpus)),
+            ),
+            cpus=tuple(cores[place * share : (place + 1) * share]),
+            transfer=config.transfer,
+            host="" if config.ray_address else config.host,
+            num_cpus=pools[role].num_cpus,
+            num_gpus=pools[role].num_gpus,
+            drain_timeout_s=config.drain_timeout_s,
+            log_level=config.log_level,
+        )
+        for place, (role, index) in enumerate(named)
+    ]
 
 
 def _launcher(config: ClusterConfig) -> Launcher:

@@ -22,13 +22,15 @@ class RouterSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """`host` empty means: the address of the node that Ray chooses."""
+    """`host` empty means: the address of the node that Ray chooses. `cpus`: the cores that are this worker's; empty
+    where nobody knows, or where there are more workers than cores."""
 
     worker_id: str
     role: WorkerRole
     model: Path
     model_name: str
     engine: EngineConfig
+    cpus: tuple[int, ...]
     transfer: TransferConfig
     host: str
     num_cpus: float

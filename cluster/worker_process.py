@@ -51,7 +51,7 @@ class WorkerProcess:
         """Load the model, listen, and begin to register. Raises CheckpointError, ConfigError or OSError."""
         spec = self._spec
         configure_logging(sys.stderr, level=spec.log_level)
-        self._engine = Engine.from_checkpoint(spec.model, spec.engine)
+        self._engine = Engine.from_checkpoint(spec.model, spec.engine, spec.cpus)
         self._kv = KVPlane(
             self._incarnation, self._engine.storage, spec.host, spec.transfer, time.monotonic, self._notify
         )

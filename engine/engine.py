@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -22,6 +23,7 @@ from engine.plan import StepOutput
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.weights import load_weights
+from kernels.threads import set_num_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +42,18 @@ class Engine:
     max_model_len: int
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, config: EngineConfig) -> Self:
+    def from_checkpoint(cls, path: str | Path, config: EngineConfig, cpus: Sequence[int] = ()) -> Self:
         """Load a checkpoint folder and take memory for the KV cache.
 
         Raises `CheckpointError` for a folder that can't be served, and `ConfigError` for a configuration that asks too
-        much of it or of this machine. `num_threads` holds for the whole process.
+        much of it or of this machine. `num_threads` holds for the whole process; its threads are pinned to `cpus`.
         """
         model_config = ModelConfig.from_folder(path)
         limit = model_config.max_model_len(config.max_model_len)
         device = _device(config)
         own_dtype = "float32" if device.type == "cpu" else model_config.dtype
         dtype = own_dtype if config.dtype == "auto" else config.dtype
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        set_num_threads(config.num_threads or len(os.sched_getaffinity(0)), cpus)
         layout = KVLayout(
             model=Path(path).resolve().name,
             fingerprint=Checkpoint.open(path).fingerprint(),

@@ -34,7 +34,7 @@ FREE = RouterConfig(grpc_port=0, http_port=0)
 WAIT_S = 30.0
 ROUTER = RouterSpec(MODEL, "tiny", None, FREE, "error")
 WORKER = WorkerSpec(
-    "w0", WorkerRole.MIXED, MODEL, "tiny", ENGINE, TransferConfig(), "127.0.0.1", 1.0, 0.0, 30.0, "error"
+    "w0", WorkerRole.MIXED, MODEL, "tiny", ENGINE, (), TransferConfig(), "127.0.0.1", 1.0, 0.0, 30.0, "error"
 )
 
 
