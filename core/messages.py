@@ -49,7 +49,10 @@ class WorkerHello:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A worker's state, sent with every batch of events and at least once a second."""
+    """A worker's state, sent with every batch of events and at least once a second.
+
+    `num_preemptions` and the tokens looked up and found in the prefix cache are counted from the worker's start.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -58,6 +61,8 @@ class Load:
     num_preemptions: int = 0
     num_waiting_tokens: int = 0
     draining: bool = False
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
 
 
 # ---- commands
@@ -87,13 +92,15 @@ class PromptPart:
 class Work:
     """What to run. `token_ids` starts at `prompt_offset` (the tokens before came in PromptPart).
 
-    `num_prompt_tokens` is the length of the client's own prompt; a resumed request's tokens go beyond it.
+    `num_prompt_tokens` is the length of the client's own prompt; a resumed request's tokens go beyond it. Cached
+    prefixes are shared only among requests of the same `cache_salt`.
     """
 
     token_ids: tuple[int, ...]
     num_prompt_tokens: int
     sampling: SamplingParams
     prompt_offset: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +245,32 @@ class AttemptFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheChanged:
+    """KV blocks, by their hashes, that requests on this worker find from now on, and that they no longer find.
+
+    With `cleared`, forget all that was said before; a session begins with that.
+    """
+
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    cleared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Drained:
     pass
 
 
-Event = PairUp | PairDown | Reserved | Refused | Prefilled | Accepted | Released | StepTokens | AttemptFailed | Drained
+Event = (
+    PairUp
+    | PairDown
+    | Reserved
+    | Refused
+    | Prefilled
+    | Accepted
+    | Released
+    | StepTokens
+    | AttemptFailed
+    | CacheChanged
+    | Drained
+)

@@ -48,7 +48,9 @@ class Request:
 
     `prompt_token_ids` is what must be prefilled; a resumed request's ends with tokens already streamed, and
     `num_prompt_tokens` says where the client's own prompt ended. `output_token_ids` are those drawn since.
-    `num_computed_tokens` counts the positions whose K and V are in the cache.
+    `num_computed_tokens` counts the positions whose K and V are in the cache; `num_cached_tokens` those that were there
+    when it first got blocks. `cache_salt` keeps it from sharing cached prefixes with requests that have another;
+    `block_hashes` names its first full blocks, as far as somebody wanted to know.
     """
 
     request_id: str
@@ -59,6 +61,9 @@ class Request:
     num_computed_tokens: int = 0
     state: RequestState = RequestState.WAITING
     finish_reason: FinishReason | None = None
+    cache_salt: str = ""
+    num_cached_tokens: int | None = None
+    block_hashes: list[bytes] = field(default_factory=list, repr=False)
     _packed: array[int] = field(default_factory=lambda: array("i"), repr=False)
 
     def __post_init__(self) -> None:

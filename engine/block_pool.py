@@ -6,25 +6,42 @@ from collections import Counter
 from collections.abc import Collection
 
 from core.errors import IntegrityError
+from engine.prefix_index import PrefixIndex
 
 
 class BlockPool:
-    """Hands out the blocks 0 .. num_blocks - 1, each to one request at a time, the same ones for the same calls.
+    """Hands out the blocks 0 .. num_blocks - 1, the same ones for the same calls.
 
-    A block is free, held by a request, or retired: given up by a request while a step may still write into it. Retired
-    blocks become free with `reclaim`. free + held + retired = num_blocks, always.
+    | a block is | that means                                                                              |
+    |------------|-----------------------------------------------------------------------------------------|
+    | empty      | nobody wants what it holds                                                              |
+    | held       | by one request, which may write it; by any number where the index knows what it holds   |
+    | cached     | no request holds it, the index knows what it holds; handed out anew when none is empty  |
+    | retired    | given up by a request while a step may still write it; empty after `reclaim`            |
+
+    empty + held + cached + retired = num_blocks, always. Cached blocks go in the order in which they were given up,
+    the end of a request before its beginning.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, index: PrefixIndex | None = None) -> None:
+        """Without an index nothing is ever shared or cached."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(reversed(range(num_blocks)))
+        self.index = index
+        self._empty = list(reversed(range(num_blocks)))
+        self._cached: dict[int, None] = {}  # who goes first comes first
         self._retired: list[int] = []
         self._tables: dict[str, tuple[int, ...]] = {}
+        self._num_holders = [0] * num_blocks
 
     @property
     def num_free_blocks(self) -> int:
-        return len(self._free)
+        """That no request holds, empty or cached: as many can be allocated."""
+        return len(self._empty) + len(self._cached)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        return len(self._cached)
 
     @property
     def num_retired_blocks(self) -> int:
@@ -37,33 +54,38 @@ class BlockPool:
         """Blocks of the request in the order of its positions; empty where it holds none."""
         return self._tables.get(request_id, ())
 
-    def allocate(self, request_id: str, num_tokens: int) -> bool:
-        """Grow the request's table to cover `num_tokens` positions. False, and no change, where blocks run out."""
-        table = self.table(request_id)
+    def allocate(self, request_id: str, num_tokens: int, prefix: tuple[int, ...] = (), num_spared: int = 0) -> bool:
+        """Grow the request's table to cover `num_tokens` positions.
+
+        A new table begins with the blocks `prefix`, which the index has found. False, and no change, where fewer than
+        `num_spared` blocks would be left.
+        """
+        table = self._tables.get(request_id, ())
         num_new = self.num_blocks_for(num_tokens) - len(table)
         if num_new <= 0:
             return True
-        if num_new > len(self._free):
+        num_shared = sum(self._num_holders[block] > 0 for block in prefix)
+        if num_new - num_shared + num_spared > self.num_free_blocks:
             return False
-        self._tables[request_id] = table + tuple(self._free.pop() for _ in range(num_new))
+        for block in prefix:
+            self._num_holders[block] += 1
+            self._cached.pop(block, None)
+        new = [self._take() for _ in range(num_new - len(prefix))]
+        self._tables[request_id] = (*table, *prefix, *new)
         return True
 
     def free(self, request_id: str) -> int:
-        """Take back all blocks of the request; returns how many. Nobody may write into them any more."""
-        table = self._tables.pop(request_id, ())
-        self._free.extend(reversed(table))
-        return len(table)
+        """Take back all blocks of the request; returns how many. It may not write into them any more."""
+        return self._give_up(request_id, self._empty)
 
     def retire(self, request_id: str) -> int:
         """As `free`, but while a step may still write into the blocks: they are handed out only after `reclaim`."""
-        table = self._tables.pop(request_id, ())
-        self._retired.extend(reversed(table))
-        return len(table)
+        return self._give_up(request_id, self._retired)
 
     def reclaim(self) -> int:
-        """The step is over: retired blocks become free. Returns how many."""
+        """The step is over: retired blocks become empty. Returns how many."""
         num_blocks = len(self._retired)
-        self._free += self._retired
+        self._empty += self._retired
         self._retired.clear()
         return num_blocks
 
@@ -72,10 +94,45 @@ class BlockPool:
         for request_id, table in self._tables.items():
             if request_id not in live_request_ids:
                 raise IntegrityError(f"{len(table)} blocks are held for {request_id}, which is gone")
-        held = [block for table in self._tables.values() for block in table]
-        places = Counter(self._free + self._retired + held)
+        holders = Counter(block for table in self._tables.values() for block in table)
+        places = Counter([*self._empty, *self._cached, *self._retired, *holders])
         for block, count in places.items():
             if count > 1 or not 0 <= block < self.num_blocks:
                 raise IntegrityError(f"block {block} is in {count} places of a pool of {self.num_blocks}")
         if len(places) != self.num_blocks:
             raise IntegrityError(f"{self.num_blocks - len(places)} of {self.num_blocks} blocks are lost")
+        for block, count in enumerate(self._num_holders):
+            if holders[block] != count or (count > 1 and not self._is_known(block)):
+                raise IntegrityError(f"block {block} is in {holders[block]} tables and counts {count} holders")
+        if unknown := [block for block in self._cached if not self._is_known(block)]:
+            raise IntegrityError(f"blocks {unknown} are cached, though nobody knows what they hold")
+        if self.index is not None:
+            self.index.check_integrity(holders.keys() | self._cached.keys())
+
+    def _is_known(self, block: int) -> bool:
+        return self.index is not None and block in self.index
+
+    def _take(self) -> int:
+        """An empty block, else the one cached longest. There must be one."""
+        if self._empty:
+            block = self._empty.pop()
+        else:
+            block = next(iter(self._cached))
+            del self._cached[block]
+            assert self.index is not None, "blocks are cached without an index"
+            self.index.remove(block)
+        self._num_holders[block] = 1
+        return block
+
+    def _give_up(self, request_id: str, written: list[int]) -> int:
+        """The request holds nothing any more. What nobody can find goes to `written`."""
+        table = self._tables.pop(request_id, ())
+        for block in reversed(table):
+            self._num_holders[block] -= 1
+            if self._num_holders[block]:
+                continue
+            if self._is_known(block):
+                self._cached[block] = None
+            else:
+                written.append(block)
+        return len(table)

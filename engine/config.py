@@ -26,6 +26,8 @@ class EngineConfig:
     """Requests a worker may hold at once."""
     max_model_len: int | None = None
     """Prompt and output together, in tokens; by default what the checkpoint says."""
+    enable_prefix_caching: bool = True
+    """Keep K and V of requests that are gone, for those that begin with the same tokens."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations; auto is float32 on CPU and the checkpoint's own on a GPU."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"

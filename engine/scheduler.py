@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
@@ -24,8 +24,11 @@ class Scheduler:
     **Order.** Running requests that miss one token come first, then prefills, oldest first; then the waiting are
     admitted, first come, first served. A request is admitted only when blocks for all its known tokens and one more
     are free, and takes them at once: a prefill never runs out midway, only decoding grows. Where it can't, the
-    youngest running request is preempted: it loses its blocks, goes to the head of the queue, and later computes all
-    its known tokens anew. One added as `prefill_only` is never preempted: its K and V may be on their way already.
+    youngest running request is preempted: it loses its blocks, goes to the head of the queue, and later computes anew
+    what others have taken of them. One added as `prefill_only` is never preempted: its K and V may be on their way.
+
+    **Prefixes.** Blocks that are full and computed, of prompt or output, can be found by later requests, also when no
+    request holds them, until they are handed out anew. Who is admitted or reserved starts behind what it finds.
 
     **Ownership.** The scheduler alone allocates and frees blocks of the pool:
 
@@ -52,6 +55,8 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._requests: dict[str, Request] = {}  # in the order of their arrival
         self._waiting: deque[Request] = deque()
+        self._prefilling: list[Request] = []  # those of the last step that had more than one token to compute
+        self._num_in_state: Counter[RequestState] = Counter()
         self._prefill_only: set[str] = set()
         self._plan = _NOTHING  # of the step in progress
         self._in_step: dict[str, Request] = {}  # its requests, without those released meanwhile
@@ -64,7 +69,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._in_state(RequestState.RUNNING))
+        return self._num_in_state[RequestState.RUNNING]
 
     @property
     def num_waiting(self) -> int:
@@ -72,12 +77,12 @@ class Scheduler:
 
     @property
     def num_held(self) -> int:
-        return len(self._in_state(RequestState.HELD))
+        return self._num_in_state[RequestState.HELD]
 
     @property
     def num_waiting_tokens(self) -> int:
         """Tokens that wait to be prefilled, after a preemption too."""
-        prefilling = (r for r in self._in_state(RequestState.RUNNING) if _num_missing(r) > 1)
+        prefilling = (r for r in self._prefilling if r.state is RequestState.RUNNING and _num_missing(r) > 1)
         return sum(_num_missing(request) for request in chain(self._waiting, prefilling))
 
     @property
@@ -87,7 +92,7 @@ class Scheduler:
     def add(self, request: Request, *, prefill_only: bool = False) -> None:
         """Queue a new request. With `prefill_only` it stops after its first token and is HELD until it is released."""
         self._check_new(request)
-        self._requests[request.request_id] = request
+        self._enter(request)
         self._waiting.append(request)
         if prefill_only:
             self._prefill_only.add(request.request_id)
@@ -95,15 +100,15 @@ class Scheduler:
     def reserve(self, request: Request) -> bool:
         """Hold room for a request whose prompt is prefilled elsewhere. False where there is none: nothing is held then.
 
-        Those that wait come first: room is what would be left if all of them had been admitted.
+        `request.num_cached_tokens` are there already: they need not be sent, and stay until the request ends. Those
+        that wait come first: room is what would be left if all of them had been admitted.
         """
         self._check_new(request)
-        num_blocks = sum(self._pool.num_blocks_for(r.num_tokens + 1) for r in (*self._waiting, request))
-        if len(self._requests) >= self._max_num_seqs or num_blocks > self._pool.num_free_blocks:
+        num_blocks = sum(self._pool.num_blocks_for(r.num_tokens + 1) for r in self._waiting)
+        if len(self._requests) >= self._max_num_seqs or not self._open(request, num_spared=num_blocks):
             return False
-        self._pool.allocate(request.request_id, request.num_tokens + 1)
-        request.advance(RequestState.HELD)
-        self._requests[request.request_id] = request
+        self._enter(request)
+        self._move(request, RequestState.HELD)
         return True
 
     def join(self, request_id: str, first_token_id: int) -> StepOutput:
@@ -114,9 +119,8 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None or request.state is not RequestState.HELD or request_id in self._prefill_only:
             raise IntegrityError(f"request {request_id} can't join: it is not reserved")
-        request.num_computed_tokens = len(request.prompt_token_ids)
-        request.advance(RequestState.RUNNING)
-        return self._take(request, Drawn((first_token_id,)))
+        self._move(request, RequestState.RUNNING)
+        return self._take(request, Drawn((first_token_id,)), len(request.prompt_token_ids))
 
     def schedule(self) -> Plan:
         """Begin a step. Falsy where there is nothing to compute: then there is nothing to update either."""
@@ -124,16 +128,17 @@ class Scheduler:
             raise IntegrityError("the step in progress was neither updated nor abandoned")
         entries: list[PlanEntry] = []
         preempted: list[str] = []
-        prefilling: list[Request] = []
         budget = self._max_num_batched_tokens
-        # Lazy: who gives way is younger than who needs room, so the loop has yet to come to it, and passes it over.
-        for request in (r for r in self._requests.values() if r.state is RequestState.RUNNING):
+        self._prefilling = []
+        for request in self._requests.values():
+            if request.state is not RequestState.RUNNING:
+                continue  # so is who has just given way: it is younger than who needed room
             if _num_missing(request) > 1:
-                prefilling.append(request)
+                self._prefilling.append(request)
             elif budget and self._grow(request, preempted):
                 entries.append(self._entry(request, 1))
                 budget -= 1
-        prefills = chain(prefilling, self._admit())
+        prefills = chain(tuple(self._prefilling), self._admit())
         while budget and (prefill := next(prefills, None)) is not None:
             entries.append(self._entry(prefill, min(budget, _num_missing(prefill))))
             budget -= entries[-1].num_tokens
@@ -145,11 +150,10 @@ class Scheduler:
         """End the step: `plan` was computed and drew `result`. Requests released meanwhile are passed over."""
         outputs: list[StepOutput] = []
         for entry, request in self._end_step(plan):
-            request.num_computed_tokens = entry.end
-            if entry.sampling is not None:
-                drawn = result.drawn[entry.request_id]
-                request.num_computed_tokens += len(drawn.token_ids) - 1 - entry.num_drafts
-                outputs.append(self._take(request, drawn))
+            if entry.sampling is None:
+                self._computed(request, entry.end)
+            else:
+                outputs.append(self._take(request, result.drawn[entry.request_id], entry.end - entry.num_drafts))
         return outputs
 
     def abandon(self, plan: Plan) -> list[Request]:
@@ -179,6 +183,10 @@ class Scheduler:
                 )
         if sorted(map(id, self._waiting)) != sorted(map(id, self._in_state(RequestState.WAITING))):
             raise IntegrityError("the queue does not hold each waiting request once")
+        if self._num_in_state.total() - self._num_in_state[RequestState.FINISHED] != len(self._requests) or any(
+            self._num_in_state[state] != len(self._in_state(state)) for state in (RequestState.RUNNING, RequestState.HELD)
+        ):
+            raise IntegrityError("the counts of running and held requests are wrong")
         if self.num_running + self.num_held > self._max_num_seqs:
             raise IntegrityError(f"{self.num_running} running + {self.num_held} held of {self._max_num_seqs}")
         if not self._prefill_only <= self._requests.keys():
@@ -197,15 +205,25 @@ class Scheduler:
             case RequestState.WAITING:
                 return computed == num_blocks == 0
             case RequestState.RUNNING if known - computed > 1:
-                return computed >= 0 and num_blocks == blocks_for(known + 1)
+                return 0 <= computed and num_blocks == blocks_for(known + 1)
             case RequestState.RUNNING:
                 return computed == known - 1 and blocks_for(computed) <= num_blocks <= blocks_for(known + 1)
             case RequestState.HELD if request.request_id in self._prefill_only:
                 return computed == num_prompt == known - 1 and num_blocks == blocks_for(known)
             case RequestState.HELD:
-                return computed == 0 and known == num_prompt and num_blocks == blocks_for(known + 1)
+                return computed == request.num_cached_tokens < known == num_prompt and num_blocks == blocks_for(known + 1)
             case RequestState.FINISHED:
                 return False
+
+    def _enter(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self._num_in_state[request.state] += 1
+
+    def _move(self, request: Request, state: RequestState) -> None:
+        before = request.state
+        request.advance(state)
+        self._num_in_state[before] -= 1
+        self._num_in_state[state] += 1
 
     def _in_state(self, state: RequestState) -> list[Request]:
         return [request for request in self._requests.values() if request.state is state]
@@ -223,12 +241,33 @@ class Scheduler:
         num_seqs = len(self._requests) - len(self._waiting)
         while self._waiting and num_seqs < self._max_num_seqs:
             request = self._waiting[0]
-            if not self._pool.allocate(request.request_id, request.num_tokens + 1):
+            if not self._open(request):
                 return
             self._waiting.popleft()
-            request.advance(RequestState.RUNNING)
+            self._move(request, RequestState.RUNNING)
+            self._prefilling.append(request)
             num_seqs += 1
             yield request
+
+    def _open(self, request: Request, num_spared: int = 0) -> bool:
+        """Give the request blocks for all its known tokens and one more, first those that hold a prefix of it."""
+        pool, index, num_tokens = self._pool, self._pool.index, request.num_tokens
+        prefix = index.find(request) if index is not None else ()
+        if not pool.allocate(request.request_id, num_tokens + 1, prefix, num_spared):
+            return False
+        request.num_computed_tokens = len(prefix) * pool.block_size
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed_tokens
+            if index is not None:
+                index.count(num_tokens, request.num_cached_tokens)
+        return True
+
+    def _computed(self, request: Request, end: int) -> None:
+        """K and V of the request's positions before `end` are in the cache."""
+        start, request.num_computed_tokens = request.num_computed_tokens, end
+        block_size, index = self._pool.block_size, self._pool.index
+        if index is not None and start // block_size != end // block_size:
+            index.insert(request, self._pool.table(request.request_id), start, end)
 
     def _grow(self, request: Request, preempted: list[str]) -> bool:
         """Make room for the request's last token, at the cost of the youngest. False where it is preempted itself."""
@@ -245,7 +284,7 @@ class Scheduler:
             for request in reversed(self._requests.values())
             if request.state is RequestState.RUNNING and request.request_id not in self._prefill_only
         )
-        victim.advance(RequestState.WAITING)
+        self._move(victim, RequestState.WAITING)
         victim.num_computed_tokens = 0
         self._waiting.appendleft(victim)
         self._pool.free(victim.request_id)
@@ -275,20 +314,24 @@ class Scheduler:
         self._pool.reclaim()
         return computed
 
-    def _take(self, request: Request, drawn: Drawn) -> StepOutput:
-        """Append drawn tokens up to the one that ends the request, and move it to where that brings it."""
+    def _take(self, request: Request, drawn: Drawn, end: int) -> StepOutput:
+        """Append drawn tokens up to the one that ends the request, and move it to where that brings it.
+
+        Positions before `end` are computed, and so are those of the tokens that are taken, but for the last of them.
+        """
         num_taken, finish_reason = 0, None
         while finish_reason is None and num_taken < len(drawn.token_ids):
             finish_reason = request.append(drawn.token_ids[num_taken], self._max_model_len)
             num_taken += 1
+        self._computed(request, end + num_taken - 1)
         if finish_reason is not None:
             self._finish(request)
         elif request.request_id in self._prefill_only:
-            request.advance(RequestState.HELD)
+            self._move(request, RequestState.HELD)
         return StepOutput(request, drawn.token_ids[:num_taken], finish_reason, drawn.logprobs[:num_taken])
 
     def _finish(self, request: Request) -> None:
-        request.advance(RequestState.FINISHED)
+        self._move(request, RequestState.FINISHED)
         del self._requests[request.request_id]
         self._prefill_only.discard(request.request_id)
         if self._in_step.pop(request.request_id, None) is not None:

@@ -97,15 +97,15 @@ def test_equal_calls_give_equal_blocks() -> None:
 
 
 def _lose(pool: BlockPool) -> None:
-    pool._free.pop()
+    pool._empty.pop()
 
 
 def _free_while_held(pool: BlockPool) -> None:
-    pool._free.append(pool.table("a")[0])
+    pool._empty.append(pool.table("a")[0])
 
 
 def _free_twice(pool: BlockPool) -> None:
-    pool._free[0] = pool._free[1]
+    pool._empty[0] = pool._empty[1]
 
 
 def _hold_twice(pool: BlockPool) -> None:
@@ -113,11 +113,11 @@ def _hold_twice(pool: BlockPool) -> None:
 
 
 def _invent(pool: BlockPool) -> None:
-    pool._free[0] = pool.num_blocks
+    pool._empty[0] = pool.num_blocks
 
 
 def _retire_while_free(pool: BlockPool) -> None:
-    pool._retired.append(pool._free[0])
+    pool._retired.append(pool._empty[0])
 
 
 @pytest.mark.parametrize("damage", [_lose, _free_while_held, _free_twice, _hold_twice, _invent, _retire_while_free])

@@ -1,7 +1,8 @@
 """What holds for every order of calls: nothing leaks, everything ends, and batching never changes a token.
 
 The model of these tests reads all it knows from a paged memory that plans write into: its next token is a hash of what
-stands in the blocks of a plan's entry. A block that two requests share, at any time, shows as a wrong token.
+stands in the blocks of a plan's entry. A block that is shared by mistake, or found where it should not be, shows as a
+wrong token. Prompts are made of few pieces, so that many begin alike.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from core.request import Request, RequestState
 from core.sampling import SamplingParams
 from engine.block_pool import BlockPool
 from engine.plan import Drawn, Plan, StepOutput, StepResult
+from engine.prefix_index import PrefixIndex
 from engine.scheduler import Scheduler
 
 STOP = 0
@@ -75,23 +77,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         max_num_batched_tokens=st.integers(1, 8),
         max_num_seqs=st.integers(2, 5),
+        caching=st.sampled_from([True, True, False]),
     )
-    def start(self, num_blocks: int, block_size: int, **limits: int) -> None:
+    def start(self, num_blocks: int, block_size: int, caching: bool, **limits: int) -> None:
         self.max_model_len = num_blocks * block_size
-        self.pool = BlockPool(num_blocks, block_size)
+        self.pool = BlockPool(num_blocks, block_size, PrefixIndex("m", block_size) if caching else None)
         self.scheduler = Scheduler(self.pool, max_model_len=self.max_model_len, **limits)
         self.memory = PagedMemory(block_size)
         self.limits = limits
         self.progress: dict[str, int] = {}  # computed positions, as the plans tell them
         self.reserved: set[str] = set()
         self.prefill_only: set[str] = set()
-        self.serial = count()
+        self.admitted: set[str] = set()  # since they last lost their blocks
+        self.told: set[bytes] = set()  # what is cached, as the changes tell it
 
     def new_request(self, data: st.DataObject) -> Request:
-        """Names are used again as soon as they are free, prompts are not."""
+        """Names are used again as soon as they are free. Beyond a few pieces, prompts repeat what was drawn before."""
         name = next(name for name in map(str, count()) if name not in self.scheduler.requests)
         num_prompt = data.draw(st.integers(1, self.max_model_len // 3) | st.integers(1, self.max_model_len - 1))
-        prompt = [1 + crc32(b"%d %d" % (next(self.serial), i)) % (VOCAB_SIZE - 1) for i in range(num_prompt)]
+        prompt = [1 + piece for piece in data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=3))][:num_prompt]
+        while len(prompt) < num_prompt:
+            prompt.append(max(1, next_token(prompt)))
         sampling = SamplingParams(max_tokens=data.draw(st.sampled_from([40, 9, 2, 1])), stop_token_ids=(STOP,))
         return Request(name, prompt, sampling)
 
@@ -113,6 +119,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.scheduler.reserve(request):
             self.reserved.add(request.request_id)
             self.progress[request.request_id] = len(request.prompt_token_ids)
+            self.admitted.add(request.request_id)
+            self.check_prefix(request, self.pool.table(request.request_id))
         else:
             assert self.pool.num_free_blocks == num_free
             assert request.state is RequestState.WAITING
@@ -125,7 +133,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def arrive(self, name: str) -> None:
         request = self.scheduler.requests[name]
         self.reserved.remove(name)
-        self.memory.write(self.pool.table(name), 0, request.prompt_token_ids)
+        num_there = request.num_cached_tokens or 0
+        self.memory.write(self.pool.table(name), num_there, request.prompt_token_ids[num_there:])
         self.check(self.scheduler.join(name, next_token(request.prompt_token_ids)))
 
     @precondition(lambda self: len(self.scheduler.requests) > 2)
@@ -143,15 +152,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert plan.num_tokens <= self.limits["max_num_batched_tokens"]
         assert not self.prefill_only.intersection(plan.preempted)
         self.progress |= dict.fromkeys(plan.preempted, 0)
+        self.admitted.difference_update(plan.preempted)
         for entry in plan.entries:
             request = self.scheduler.requests[entry.request_id]
+            if entry.request_id not in self.admitted:
+                self.admitted.add(entry.request_id)
+                self.check_prefix(request, entry.block_ids)
+                self.progress[entry.request_id] = request.num_computed_tokens
             assert entry.start == self.progress[entry.request_id]
             assert list(entry.token_ids) == request.token_ids(entry.start, entry.end) != []
             assert (entry.sampling is not None) == (entry.end == request.num_tokens)
-        blocks = [block for entry in plan.entries for block in entry.block_ids]
-        assert len(blocks) == len(set(blocks))
         self.in_step = {entry.request_id: self.scheduler.requests[entry.request_id] for entry in plan.entries}
         self.plan = plan if plan else None
+
+    def check_prefix(self, request: Request, table: tuple[int, ...]) -> None:
+        """What a request finds is what it would have computed, and never all of it."""
+        num_found = request.num_computed_tokens
+        assert num_found % self.pool.block_size == 0
+        assert num_found < request.num_tokens
+        assert self.memory.read(table, num_found) == request.token_ids(0, num_found)
+        assert num_found == 0 or self.pool.index is not None
 
     @precondition(lambda self: self.plan is not None)
     @rule(fails=st.sampled_from([False, False, False, True]))
@@ -191,6 +211,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def forget(self, name: str) -> None:
         del self.progress[name]
+        self.admitted.discard(name)
         self.reserved.discard(name)
         self.prefill_only.discard(name)
 
@@ -199,15 +220,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert self.scheduler.requests.keys() == self.progress.keys()
         requests = self.scheduler.requests.values()
-        num_held_blocks = sum(len(self.pool.table(request.request_id)) for request in requests)
-        assert self.pool.num_free_blocks + self.pool.num_retired_blocks + num_held_blocks == self.pool.num_blocks
+        held = {block for request in requests for block in self.pool.table(request.request_id)}
+        assert self.pool.num_free_blocks + self.pool.num_retired_blocks + len(held) == self.pool.num_blocks
+
+    @invariant()
+    def changes_tell_what_is_cached(self) -> None:
+        if self.pool.index is not None:
+            if changes := self.pool.index.take_changes():
+                assert not self.told & set(changes.stored)
+                assert self.told >= set(changes.removed)
+                self.told = self.told.union(changes.stored).difference(changes.removed)
+            assert self.told == set(self.pool.index.snapshot().stored)
 
     @invariant()
     def a_step_alone_writes_into_its_blocks(self) -> None:
         for entry in self.plan.entries if self.plan is not None else ():
             for name, request in self.scheduler.requests.items():
                 if request is not self.in_step[entry.request_id]:
-                    assert not set(self.pool.table(name)) & set(entry.block_ids)
+                    written = entry.block_ids[entry.start // self.pool.block_size :]
+                    assert not set(self.pool.table(name)) & set(written)
 
     def teardown(self) -> None:
         """Everything ends once the held ones are joined or released, and then nothing is held."""
@@ -246,7 +277,7 @@ prompts = st.lists(st.lists(st.integers(1, VOCAB_SIZE - 1), min_size=1, max_size
 @settings(deadline=None)
 def test_equal_calls_give_equal_plans(prompts: list[list[int]], num_blocks: int, max_num_batched_tokens: int) -> None:
     def plans() -> list[Plan]:
-        pool, memory = BlockPool(num_blocks, block_size=4), PagedMemory(block_size=4)
+        pool, memory = BlockPool(num_blocks, 4, PrefixIndex("m", 4)), PagedMemory(block_size=4)
         scheduler = Scheduler(
             pool, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=4, max_model_len=num_blocks * 4
         )
