@@ -10,6 +10,7 @@ from core.messages import (
     Accept,
     Accepted,
     AttemptFailed,
+    CacheChanged,
     Cancel,
     Command,
     Connect,
@@ -123,7 +124,7 @@ def _work(wire: worker_pb2.Work) -> Work:
         min_tokens=s.min_tokens,
         stop_token_ids=tuple(s.stop_token_ids),
     )
-    return Work(tuple(wire.token_ids), wire.num_prompt_tokens, sampling, wire.prompt_offset)
+    return Work(tuple(wire.token_ids), wire.num_prompt_tokens, sampling, wire.prompt_offset, wire.cache_salt)
 
 
 def _record(wire: worker_pb2.CommitRecord) -> CommitRecord:
@@ -187,6 +188,8 @@ def worker_message(events: Sequence[Event], load: Load) -> worker_pb2.WorkerMess
             num_preemptions=load.num_preemptions,
             num_waiting_tokens=load.num_waiting_tokens,
             draining=load.draining,
+            num_prefix_queries=load.num_prefix_queries,
+            num_prefix_hits=load.num_prefix_hits,
         ),
     )
 
@@ -230,6 +233,9 @@ def _event(event: Event) -> worker_pb2.Event:
         case AttemptFailed((transfer_id, attempt), reason, message):
             failed = worker_pb2.AttemptFailed(transfer_id=transfer_id, attempt=attempt, reason=reason, message=message)
             return worker_pb2.Event(failed=failed)
+        case CacheChanged(stored, removed, cleared):
+            changed = worker_pb2.CacheChanged(stored=stored, removed=removed, cleared=cleared)
+            return worker_pb2.Event(cache_changed=changed)
         case Drained():
             return worker_pb2.Event(drained=worker_pb2.Drained())
 

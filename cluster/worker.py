@@ -168,8 +168,11 @@ class Worker:
             self._stopped = True
 
     def _flush(self) -> None:
-        load = self.load()
+        load, index = self.load(), self._engine.pool.index
+        changes = index.take_changes() if index is not None else None
         for session in self._sessions:
+            if changes is not None:
+                session.emit(changes)
             session.flush(load)
 
     # ---- messages
@@ -181,6 +184,8 @@ class Worker:
                     self._obey(session, command)
             case SessionOpened(session):
                 self._sessions.add(session)
+                if self._engine.pool.index is not None:
+                    session.emit(self._engine.pool.index.snapshot())
             case SessionClosed(session):
                 self._sessions.discard(session)
                 for key in [key for key, owner in self._owners.items() if owner is session]:
@@ -299,7 +304,7 @@ class Worker:
     # ---- state
 
     def load(self) -> Load:
-        scheduler = self._engine.scheduler
+        scheduler, index = self._engine.scheduler, self._engine.pool.index
         return Load(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -308,6 +313,8 @@ class Worker:
             num_preemptions=scheduler.num_preemptions,
             num_waiting_tokens=scheduler.num_waiting_tokens,
             draining=self._draining_until is not None,
+            num_prefix_queries=index.num_queries if index is not None else 0,
+            num_prefix_hits=index.num_hits if index is not None else 0,
         )
 
     def check_integrity(self) -> None:

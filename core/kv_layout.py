@@ -35,6 +35,11 @@ class KVLayout:
     def bytes_per_block(self) -> int:
         return self.bytes_per_token_per_layer * self.num_layers * self.block_size
 
+    @property
+    def contents(self) -> str:
+        """What K and V depend on beside the tokens, shapes aside: the `model` of `core.block_hash.root_hash`."""
+        return f"{self.fingerprint} {self.dtype}"
+
     def mismatch(self, other: KVLayout) -> str | None:
         """Why KV of `self` can't be used as KV of `other`, or None where it can.
 

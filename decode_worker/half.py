@@ -56,18 +56,24 @@ class DecodeHalf:
         return [attempt.ticket.key for attempt in self._attempts.values()]
 
     def reserve(self, command: Reserve, token_ids: list[int], emit: Emit) -> None:
-        """Hold blocks for the prompt, or refuse and hold nothing. Raises TransferError where the channel is not up."""
+        """Hold blocks for the prompt, or refuse and hold nothing. Raises TransferError where the channel is not up.
+
+        A prefix that is cached here is pinned, and need not be sent.
+        """
         attempt, key = _attempt(command, token_ids, emit), command.ticket.key
-        if not self._scheduler.reserve(attempt.request):
+        request = attempt.request
+        if not self._scheduler.reserve(request):
             emit(Refused(key, "no_room"))
             return
-        self._attempts[attempt.request.request_id] = attempt
+        self._attempts[request.request_id] = attempt
+        num_skipped = request.num_computed_tokens
         try:
-            self._receiver.begin(command.ticket, self._pool.table(attempt.request.request_id), len(token_ids))
+            table = self._pool.table(request.request_id)
+            self._receiver.begin(command.ticket, table, len(token_ids), token_ids[:num_skipped])
         except BaseException:
             self.drop(key)
             raise
-        emit(Reserved(key))
+        emit(Reserved(key, num_skipped))
 
     def start_local(self, command: Prefill, token_ids: list[int], emit: Emit) -> None:
         attempt = _attempt(command, token_ids, emit)
@@ -131,5 +137,6 @@ class DecodeHalf:
 
 def _attempt(command: Reserve | Prefill, token_ids: list[int], emit: Emit) -> _Attempt:
     work = command.work
-    request = Request(engine_id(command.ticket.key), token_ids, work.sampling, num_prompt_tokens=work.num_prompt_tokens)
+    name = engine_id(command.ticket.key)
+    request = Request(name, token_ids, work.sampling, work.num_prompt_tokens, cache_salt=work.cache_salt)
     return _Attempt(command.ticket, request, emit)

@@ -20,6 +20,7 @@ from engine.memory import num_blocks_that_fit
 from engine.model import Model
 from engine.model_config import ModelConfig
 from engine.plan import StepOutput
+from engine.prefix_index import PrefixIndex
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.weights import load_weights
@@ -65,7 +66,8 @@ class Engine:
         )
         model = Model(model_config, load_weights(path, model_config, getattr(torch, dtype), device))
         num_blocks = config.num_blocks or num_blocks_that_fit(model, layout, config, device, limit)
-        pool = BlockPool(num_blocks, config.block_size)
+        index = PrefixIndex(layout.contents, config.block_size) if config.enable_prefix_caching else None
+        pool = BlockPool(num_blocks, config.block_size, index)
         storage = KVStorage(layout, num_blocks, device)
         max_model_len = min(limit, num_blocks * config.block_size)
         scheduler = Scheduler(

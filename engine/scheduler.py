@@ -183,10 +183,9 @@ class Scheduler:
                 )
         if sorted(map(id, self._waiting)) != sorted(map(id, self._in_state(RequestState.WAITING))):
             raise IntegrityError("the queue does not hold each waiting request once")
-        if self._num_in_state.total() - self._num_in_state[RequestState.FINISHED] != len(self._requests) or any(
-            self._num_in_state[state] != len(self._in_state(state)) for state in (RequestState.RUNNING, RequestState.HELD)
-        ):
-            raise IntegrityError("the counts of running and held requests are wrong")
+        for state in (RequestState.RUNNING, RequestState.HELD):
+            if self._num_in_state[state] != len(self._in_state(state)):
+                raise IntegrityError(f"{self._num_in_state[state]} requests are counted as {state.value}")
         if self.num_running + self.num_held > self._max_num_seqs:
             raise IntegrityError(f"{self.num_running} running + {self.num_held} held of {self._max_num_seqs}")
         if not self._prefill_only <= self._requests.keys():
@@ -205,13 +204,14 @@ class Scheduler:
             case RequestState.WAITING:
                 return computed == num_blocks == 0
             case RequestState.RUNNING if known - computed > 1:
-                return 0 <= computed and num_blocks == blocks_for(known + 1)
+                return computed >= 0 and num_blocks == blocks_for(known + 1)
             case RequestState.RUNNING:
                 return computed == known - 1 and blocks_for(computed) <= num_blocks <= blocks_for(known + 1)
             case RequestState.HELD if request.request_id in self._prefill_only:
                 return computed == num_prompt == known - 1 and num_blocks == blocks_for(known)
             case RequestState.HELD:
-                return computed == request.num_cached_tokens < known == num_prompt and num_blocks == blocks_for(known + 1)
+                there = computed == (request.num_cached_tokens or 0) < known == num_prompt
+                return there and num_blocks == blocks_for(known + 1)
             case RequestState.FINISHED:
                 return False
 
@@ -251,7 +251,8 @@ class Scheduler:
 
     def _open(self, request: Request, num_spared: int = 0) -> bool:
         """Give the request blocks for all its known tokens and one more, first those that hold a prefix of it."""
-        pool, index, num_tokens = self._pool, self._pool.index, request.num_tokens
+        pool, num_tokens = self._pool, request.num_tokens
+        index = pool.index if request.sampling.prompt_logprobs is None else None  # they need every position computed
         prefix = index.find(request) if index is not None else ()
         if not pool.allocate(request.request_id, num_tokens + 1, prefix, num_spared):
             return False

@@ -42,15 +42,20 @@ class PrefillHalf:
         """Queue the prompt. Raises TransferError where the pair's channel is not up."""
         ticket, work = command.ticket, command.work
         self._sender.begin(ticket, token_ids[: command.num_skipped_tokens])
-        request = Request(engine_id(ticket.key), token_ids, work.sampling, num_prompt_tokens=work.num_prompt_tokens)
+        name = engine_id(ticket.key)
+        request = Request(name, token_ids, work.sampling, work.num_prompt_tokens, cache_salt=work.cache_salt)
         self._attempts[request.request_id] = _Attempt(ticket, request, emit)
         self._scheduler.add(request, prefill_only=True)
 
     def push(self, plan: Plan, layer: int) -> None:
-        """K and V of `layer` stand in the cache for the whole plan: send them on while the next layer is computed."""
+        """K and V of `layer` stand in the cache for the whole plan: send them on while the next layer is computed.
+
+        What a prompt's first entry found in the cache goes with it.
+        """
         for entry in plan.entries:
             if attempt := self._attempts.get(entry.request_id):
-                self._sender.push(attempt.ticket.key, layer, entry.start, entry.end, entry.block_ids)
+                start = 0 if entry.start == attempt.request.num_cached_tokens else entry.start
+                self._sender.push(attempt.ticket.key, layer, start, entry.end, entry.block_ids)
 
     def publish(self, output: StepOutput) -> bool:
         """Commit a prompt whose first token is drawn; False where the output is not of this half."""

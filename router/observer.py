@@ -54,6 +54,8 @@ def cluster_sample(info: ClusterInfo) -> ClusterSample:
                 num_blocks=worker.num_blocks,
                 num_free_blocks=worker.load.num_free_blocks,
                 num_preemptions=worker.load.num_preemptions,
+                num_prefix_queries=worker.load.num_prefix_queries,
+                num_prefix_hits=worker.load.num_prefix_hits,
             )
             for worker in info.workers
             if worker.connected

@@ -93,6 +93,7 @@ def _work(work: Work) -> pb.Work:
         token_ids=work.token_ids,
         num_prompt_tokens=work.num_prompt_tokens,
         sampling=_sampling(work.sampling),
+        cache_salt=work.cache_salt,
     )
 
 

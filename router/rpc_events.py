@@ -11,6 +11,7 @@ from core.kv_layout import KVLayout
 from core.messages import (
     Accepted,
     AttemptFailed,
+    CacheChanged,
     Drained,
     Event,
     Load,
@@ -112,6 +113,8 @@ def _load(load: pb.Load) -> Load:
         num_preemptions=load.num_preemptions,
         num_waiting_tokens=load.num_waiting_tokens,
         draining=load.draining,
+        num_prefix_queries=load.num_prefix_queries,
+        num_prefix_hits=load.num_prefix_hits,
     )
 
 
@@ -174,6 +177,7 @@ _EVENTS: dict[str, Callable[[Any], Event]] = {
     "released": _released,
     "tokens": _tokens,
     "failed": lambda e: AttemptFailed((e.transfer_id, e.attempt), e.reason, e.message),
+    "cache_changed": lambda e: CacheChanged(tuple(e.stored), tuple(e.removed), e.cleared),
     "drained": lambda _: Drained(),
 }
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from core.clock import Clock
 from core.messages import (
+    CacheChanged,
     Command,
     Drain,
     Drained,
@@ -304,6 +305,8 @@ class Workers:
                     self._told().on_pair_down(prefill, decode, epoch, reason)
             case Drained():
                 worker.draining = True
+            case CacheChanged():
+                pass  # no policy looks at prefixes
             case _:
                 self._told().on_event(worker.incarnation, event)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from prometheus_client.registry import Collector
 
 @dataclass(frozen=True, slots=True)
 class WorkerSample:
-    """`num_preemptions` counts from the start of that incarnation."""
+    """What is counted, is counted from the start of that incarnation; prefixes in tokens."""
 
     worker: str
     incarnation: str
@@ -19,7 +20,9 @@ class WorkerSample:
     num_waiting: int
     num_blocks: int
     num_free_blocks: int
-    num_preemptions: int
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +42,32 @@ _WORKER_GAUGES: Sequence[tuple[str, str, Callable[[WorkerSample], float]]] = (
 )
 
 
+_WORKER_COUNTERS: Sequence[tuple[str, str, Callable[[WorkerSample], int]]] = (
+    ("num_preemptions", "Requests sent back to wait for blocks", lambda w: w.num_preemptions),
+    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", lambda w: w.num_prefix_queries),
+    ("prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda w: w.num_prefix_hits),
+)
+"""Of each worker as `penstock_worker_*`, and as `vllm:*` of all that were ever there."""
+
+
 class ClusterCollector(Collector):
     def __init__(self, sample: Callable[[], ClusterSample], model_name: str, engine: str) -> None:
         self._sample = sample
         self._labels = (model_name, engine)
-        self._num_preemptions = 0
-        self._seen: dict[str, int] = {}  # preemptions counted so far, by incarnation
+        self._totals: Counter[str] = Counter()
+        self._seen: dict[tuple[str, str], int] = {}  # what was counted so far, by name and incarnation
 
     def collect(self) -> Iterator[Metric]:
         sample = self._sample()
-        self._count_preemptions(sample)
         yield self._gauge("vllm:num_requests_running", "Requests that workers have", sample.num_running)
         yield self._gauge("vllm:num_requests_waiting", "Requests in the router's queue", sample.num_waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage(sample.workers))
-        preemptions = CounterMetricFamily(
-            "vllm:num_preemptions", "Requests sent back to wait for blocks", labels=["model_name", "engine"]
-        )
-        preemptions.add_metric(self._labels, self._num_preemptions)
-        yield preemptions
+        for name, text, count in _WORKER_COUNTERS:
+            yield self._total(name, text, count, sample.workers)
+            counter = CounterMetricFamily(f"penstock_worker_{name}", text, labels=["worker"])
+            for worker in sample.workers:
+                counter.add_metric([worker.worker], count(worker))
+            yield counter
         for name, text, value in _WORKER_GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["worker"])
             for worker in sample.workers:
@@ -68,11 +79,17 @@ class ClusterCollector(Collector):
         gauge.add_metric(self._labels, value)
         return gauge
 
-    def _count_preemptions(self, sample: ClusterSample) -> None:
+    def _total(
+        self, name: str, text: str, count: Callable[[WorkerSample], int], workers: Sequence[WorkerSample]
+    ) -> CounterMetricFamily:
         """A worker counts from zero each time it starts; their sum must never fall."""
-        for worker in sample.workers:
-            self._num_preemptions += worker.num_preemptions - self._seen.get(worker.incarnation, 0)
-        self._seen |= {worker.incarnation: worker.num_preemptions for worker in sample.workers}
+        for worker in workers:
+            key = name, worker.incarnation
+            self._totals[name] += count(worker) - self._seen.get(key, 0)
+            self._seen[key] = count(worker)
+        counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name", "engine"])
+        counter.add_metric(self._labels, self._totals[name])
+        return counter
 
 
 def usage(workers: Sequence[WorkerSample]) -> float:

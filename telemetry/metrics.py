@@ -40,8 +40,6 @@ class Metrics:
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens read")
         self._output_tokens = self._counter("vllm:generation_tokens", "Output tokens written")
         self._success = self._labelled("vllm:request_success", "Requests that ended by themselves", "finished_reason")
-        for name in ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits"):
-            self._counter(name, "Prompt tokens looked up in, and found in, the prefix cache")
         self._stages = Histogram(
             "penstock_stage_seconds",
             "Where the time of requests went",

@@ -19,6 +19,7 @@ from core.ticket import AttemptKey, CommitRecord, Ticket
 from engine.block_pool import BlockPool
 from engine.kv_storage import KVStorage
 from engine.plan import Drawn, Plan, StepOutput, StepResult
+from engine.prefix_index import PrefixIndex
 from engine.scheduler import Scheduler
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import KVEvent
@@ -66,12 +67,13 @@ def kv(layer: int, token_ids: Sequence[int], start: int) -> torch.Tensor:
 class Side:
     """Pool, scheduler, cache and KV plane of one worker."""
 
-    def __init__(self, incarnation: str) -> None:
+    def __init__(self, incarnation: str, caching: bool) -> None:
         self.incarnation = incarnation
         self.storage = KVStorage(LAYOUT, NUM_BLOCKS, torch.device("cpu"))
         self.told: queue.Queue[KVEvent] = queue.Queue()
         self.plane = KVPlane(incarnation, self.storage, "127.0.0.1", PATIENT, time.monotonic, self.told.put)
-        self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
+        index = PrefixIndex(LAYOUT.contents, BLOCK_SIZE) if caching else None
+        self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, index)
         self.scheduler = Scheduler(
             self.pool,
             max_num_batched_tokens=BUDGET,
@@ -112,8 +114,8 @@ class Side:
 class Pair:
     """A sender and a receiver whose channel is up."""
 
-    def __init__(self) -> None:
-        self.sender, self.receiver = Side("p"), Side("d")
+    def __init__(self, caching: bool = False) -> None:
+        self.sender, self.receiver = Side("p", caching), Side("d", caching)
         command = Connect("p", "d", 1, self.receiver.plane.address, LAYOUT)
         for side in (self.sender, self.receiver):
             side.plane.connect(command)

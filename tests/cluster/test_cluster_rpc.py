@@ -23,7 +23,7 @@ from router.rpc_events import WorkerMessage, message_from_wire, role_from_wire
 COMMANDS: tuple[type, ...] = get_args(Command)
 EVENTS: tuple[type, ...] = get_args(Event)
 SOME = settings(max_examples=30)
-WIDE = {"checksum", "num_bytes", "num_preemptions"}
+WIDE = {"checksum", "num_bytes", "num_preemptions", "num_prefix_queries", "num_prefix_hits"}
 """Fields of 64 bits on the wire."""
 
 

@@ -9,6 +9,7 @@ from core.messages import (
     Accept,
     Accepted,
     AttemptFailed,
+    CacheChanged,
     Cancel,
     Command,
     Connect,
@@ -129,6 +130,10 @@ EVENTS: list[tuple[pb.Event, Event]] = [
     ),
     (pb.Event(refused=pb.Refused(transfer_id="t", attempt=2, reason="full")), Refused(KEY, "full")),
     (
+        pb.Event(cache_changed=pb.CacheChanged(stored=[b"a", b"b"], removed=[b"c"], cleared=True)),
+        CacheChanged((b"a", b"b"), (b"c",), True),
+    ),
+    (
         pb.Event(prefilled=pb.Prefilled(transfer_id="t", attempt=2, first_token_id=3, record=WIRE_RECORD)),
         Prefilled(KEY, 3, None, RECORD),
     ),
@@ -207,6 +212,8 @@ def test_hello_and_load_come_whole() -> None:
             num_preemptions=5,
             num_waiting_tokens=6,
             draining=True,
+            num_prefix_queries=7,
+            num_prefix_hits=8,
         ),
     )
     message = message_from_wire(wire)
@@ -215,7 +222,7 @@ def test_hello_and_load_come_whole() -> None:
     assert message.hello.layout == LAYOUT
     assert (message.hello.credits, message.hello.num_blocks, message.hello.max_model_len) == (4, 5, 6)
     assert (message.hello.kv_address, message.hello.device, message.hello.wire_version) == ("host:2", "cpu", 1)
-    assert message.load == Load(1, 2, 3, 4, 5, 6, True)
+    assert message.load == Load(1, 2, 3, 4, 5, 6, True, 7, 8)
     assert message_from_wire(pb.WorkerMessage()).load is None
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -23,8 +24,12 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return read(metrics).get((name, frozenset(labels.items())))
 
 
-def worker(name: str, incarnation: str = "i", free: int = 10, preemptions: int = 0) -> WorkerSample:
-    return WorkerSample(name, incarnation, 2, 3, num_blocks=10, num_free_blocks=free, num_preemptions=preemptions)
+def worker(name: str, incarnation: str = "i", free: int = 10) -> WorkerSample:
+    return WorkerSample(name, incarnation, 2, 3, num_blocks=10, num_free_blocks=free)
+
+
+def counted(name: str, incarnation: str, field: str, count: int) -> WorkerSample:
+    return replace(worker(name, incarnation), **{field: count})
 
 
 def test_the_names_of_existing_dashboards_are_all_there() -> None:
@@ -103,16 +108,31 @@ def test_worker_gauges_are_read_at_the_scrape_and_leave_nothing_behind() -> None
     assert ("penstock_worker_running", d) in then
 
 
-def test_preemptions_never_fall_when_a_worker_restarts() -> None:
+COUNTED = [
+    ("num_preemptions",) * 2,
+    ("prefix_cache_queries", "num_prefix_queries"),
+    ("prefix_cache_hits", "num_prefix_hits"),
+]
+
+
+@pytest.mark.parametrize(("name", "field"), COUNTED)
+def test_counts_of_workers_never_fall_when_one_restarts(name: str, field: str) -> None:
     metrics = Metrics("tiny")
     states = [
-        ClusterSample(0, 0, (worker("d", "one", preemptions=3),)),
+        ClusterSample(0, 0, (counted("d", "one", field, 3),)),
         ClusterSample(0, 0, ()),
-        ClusterSample(0, 0, (worker("d", "one", preemptions=4),)),
-        ClusterSample(0, 0, (worker("d", "two", preemptions=1),)),
+        ClusterSample(0, 0, (counted("d", "one", field, 4),)),
+        ClusterSample(0, 0, (counted("d", "two", field, 1),)),
     ]
     metrics.watch_cluster(lambda: states.pop(0))
-    assert [value(metrics, "vllm:num_preemptions_total", **MODEL) for _ in range(4)] == [3, 3, 4, 5]
+    assert [value(metrics, f"vllm:{name}_total", **MODEL) for _ in range(4)] == [3, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("name", "field"), COUNTED)
+def test_counts_are_told_of_each_worker_too(name: str, field: str) -> None:
+    metrics = Metrics("tiny")
+    metrics.watch_cluster(lambda: ClusterSample(0, 0, (counted("p", "i", field, 3), counted("d", "j", field, 4))))
+    assert [value(metrics, f"penstock_worker_{name}_total", worker=worker) for worker in "pd"] == [3, 4]
 
 
 @pytest.mark.parametrize("buckets", [GAP_BUCKETS, STAGE_BUCKETS])

@@ -245,6 +245,8 @@ class Load(google.protobuf.message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: builtins.int
     NUM_WAITING_TOKENS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    NUM_PREFIX_QUERIES_FIELD_NUMBER: builtins.int
+    NUM_PREFIX_HITS_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_held: builtins.int
@@ -254,6 +256,10 @@ class Load(google.protobuf.message.Message):
     """prompt tokens not yet computed"""
     draining: builtins.bool
     """takes no new work; what it has goes on"""
+    num_prefix_queries: builtins.int
+    """prompt tokens looked up in the prefix cache"""
+    num_prefix_hits: builtins.int
+    """and found there"""
     def __init__(
         self,
         *,
@@ -264,8 +270,10 @@ class Load(google.protobuf.message.Message):
         num_preemptions: builtins.int = ...,
         num_waiting_tokens: builtins.int = ...,
         draining: builtins.bool = ...,
+        num_prefix_queries: builtins.int = ...,
+        num_prefix_hits: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_prefix_hits", b"num_prefix_hits", "num_prefix_queries", b"num_prefix_queries", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
 
@@ -421,9 +429,12 @@ class Work(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
+    CACHE_SALT_FIELD_NUMBER: builtins.int
     prompt_offset: builtins.int
     """tokens sent before in PromptPart"""
     num_prompt_tokens: builtins.int
+    cache_salt: builtins.str
+    """cached prefixes are shared among requests of one salt"""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -435,9 +446,10 @@ class Work(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         num_prompt_tokens: builtins.int = ...,
         sampling: Global___EngineSampling | None = ...,
+        cache_salt: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["num_prompt_tokens", b"num_prompt_tokens", "prompt_offset", b"prompt_offset", "sampling", b"sampling", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cache_salt", b"cache_salt", "num_prompt_tokens", b"num_prompt_tokens", "prompt_offset", b"prompt_offset", "sampling", b"sampling", "token_ids", b"token_ids"]) -> None: ...
 
 Global___Work: typing_extensions.TypeAlias = Work
 
@@ -703,6 +715,7 @@ class Event(google.protobuf.message.Message):
     TOKENS_FIELD_NUMBER: builtins.int
     FAILED_FIELD_NUMBER: builtins.int
     DRAINED_FIELD_NUMBER: builtins.int
+    CACHE_CHANGED_FIELD_NUMBER: builtins.int
     @property
     def pair_up(self) -> Global___PairUp: ...
     @property
@@ -723,6 +736,8 @@ class Event(google.protobuf.message.Message):
     def failed(self) -> Global___AttemptFailed: ...
     @property
     def drained(self) -> Global___Drained: ...
+    @property
+    def cache_changed(self) -> Global___CacheChanged: ...
     def __init__(
         self,
         *,
@@ -736,10 +751,11 @@ class Event(google.protobuf.message.Message):
         tokens: Global___StepTokens | None = ...,
         failed: Global___AttemptFailed | None = ...,
         drained: Global___Drained | None = ...,
+        cache_changed: Global___CacheChanged | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "drained", b"drained", "event", b"event", "failed", b"failed", "pair_down", b"pair_down", "pair_up", b"pair_up", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "reserved", b"reserved", "tokens", b"tokens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "drained", b"drained", "event", b"event", "failed", b"failed", "pair_down", b"pair_down", "pair_up", b"pair_up", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "reserved", b"reserved", "tokens", b"tokens"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["pair_up", "pair_down", "reserved", "refused", "prefilled", "accepted", "released", "tokens", "failed", "drained"] | None: ...
+    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "cache_changed", b"cache_changed", "drained", b"drained", "event", b"event", "failed", b"failed", "pair_down", b"pair_down", "pair_up", b"pair_up", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "reserved", b"reserved", "tokens", b"tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "cache_changed", b"cache_changed", "drained", b"drained", "event", b"event", "failed", b"failed", "pair_down", b"pair_down", "pair_up", b"pair_up", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "reserved", b"reserved", "tokens", b"tokens"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["pair_up", "pair_down", "reserved", "refused", "prefilled", "accepted", "released", "tokens", "failed", "drained", "cache_changed"] | None: ...
 
 Global___Event: typing_extensions.TypeAlias = Event
 
@@ -1015,3 +1031,29 @@ class Drained(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___Drained: typing_extensions.TypeAlias = Drained
+
+@typing.final
+class CacheChanged(google.protobuf.message.Message):
+    """Prefixes that requests find on this worker, by the hashes of their last blocks (core/block_hash.py)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STORED_FIELD_NUMBER: builtins.int
+    REMOVED_FIELD_NUMBER: builtins.int
+    CLEARED_FIELD_NUMBER: builtins.int
+    cleared: builtins.bool
+    """all that was said before is void"""
+    @property
+    def stored(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
+    @property
+    def removed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        stored: collections.abc.Iterable[builtins.bytes] | None = ...,
+        removed: collections.abc.Iterable[builtins.bytes] | None = ...,
+        cleared: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cleared", b"cleared", "removed", b"removed", "stored", b"stored"]) -> None: ...
+
+Global___CacheChanged: typing_extensions.TypeAlias = CacheChanged
