@@ -20,6 +20,7 @@ from core.messages import (
     Accept,
     Accepted,
     AttemptFailed,
+    CacheChanged,
     Command,
     Connect,
     Event,
@@ -67,10 +68,15 @@ def prompt_of(num_tokens: int, first: int = 7) -> tuple[int, ...]:
     return tuple((first + 31 * i) % 3000 + 1 for i in range(num_tokens))
 
 
-def work(prompt: Sequence[int], max_tokens: int = 8, *, offset: int = 0, **sampling: float | int) -> Work:
-    """Greedy, unless `sampling` says otherwise. The first `offset` tokens go ahead in PromptPart."""
+def work(
+    prompt: Sequence[int], max_tokens: int = 8, *, offset: int = 0, salt: str | None = None, **sampling: float | int
+) -> Work:
+    """Greedy, unless `sampling` says otherwise. The first `offset` tokens go ahead in PromptPart.
+
+    What others have asked is not found in the prefix cache, unless they have the same `salt`.
+    """
     params = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
-    return Work(tuple(prompt[offset:]), len(prompt), params, offset)
+    return Work(tuple(prompt[offset:]), len(prompt), params, offset, new_name() if salt is None else salt)
 
 
 class Steps(Runner):
@@ -154,6 +160,7 @@ class Router:
         self.session = RouterSession(RouterHello("router", "router-1"))
         self._messages = self.session.messages()
         self._events: list[Event] = []
+        self.changes: list[CacheChanged] = []
         self.load: Load | None = None
         self._worker.post(SessionOpened(self.session))
 
@@ -170,7 +177,7 @@ class Router:
         while not condition():
             assert time.monotonic() < deadline, f"it has: {self._events}, {self.load}"
             message = message_from_wire(next(self._messages))
-            self._events += message.events
+            self._hear(message.events)
             self.load = message.load
 
     def next(self, kind: type[E], key: AttemptKey | None = None) -> E:
@@ -220,7 +227,7 @@ class Router:
         deadline = time.monotonic() + WAIT_S
         for message in self._messages:
             assert time.monotonic() < deadline
-            self._events += message_from_wire(message).events
+            self._hear(message_from_wire(message).events)
 
     def catch_up(self) -> None:
         """What was said before has been obeyed; `load` is what came of it."""
@@ -232,11 +239,21 @@ class Router:
         """Nothing is held any more."""
         self.catch_up()
         num_blocks = self._running.engine.pool.num_blocks
-        self.until_load(lambda load: load == Load(num_free_blocks=num_blocks, num_preemptions=load.num_preemptions))
+        self.until_load(
+            lambda load: (
+                (load.num_running, load.num_waiting, load.num_held, load.num_free_blocks, load.num_waiting_tokens)
+                == (0, 0, 0, num_blocks, 0)
+            )
+        )
 
     def events(self) -> list[Event]:
         """What has come and was not asked for."""
         return self._events
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        """What is cached is told at any time, and asked for by few."""
+        self.changes += [event for event in events if isinstance(event, CacheChanged)]
+        self._events += [event for event in events if not isinstance(event, CacheChanged)]
 
     def _sequences(self) -> list[SequenceTokens]:
         return [s for event in self._events if isinstance(event, StepTokens) for s in event.sequences]
@@ -269,8 +286,8 @@ class Duo:
 def begin(to_prefill: Router, to_decode: Router, ticket: Ticket, the_work: Work) -> int:
     """Reserve to Released, as a router does; the first token."""
     to_decode.say(Reserve(ticket, the_work))
-    to_decode.next(Reserved, ticket.key)
-    to_prefill.say(Prefill(ticket, the_work))
+    reserved = to_decode.next(Reserved, ticket.key)
+    to_prefill.say(Prefill(ticket, the_work, reserved.num_skipped_tokens))
     prefilled = to_prefill.next(Prefilled, ticket.key)
     assert prefilled.record is not None
     to_decode.say(Accept(ticket, prefilled.record, prefilled.first_token_id, WAIT_S))

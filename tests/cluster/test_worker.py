@@ -11,6 +11,7 @@ from core.clock import ManualClock
 from core.errors import IntegrityError
 from core.messages import (
     AttemptFailed,
+    CacheChanged,
     Cancel,
     Connect,
     Drain,
@@ -103,6 +104,23 @@ def test_tokens_do_not_depend_on_company(router: Router) -> None:
     router.until_idle()
     assert router.load is not None
     assert router.load.num_preemptions > 0
+
+
+def test_what_was_asked_before_is_found_and_told(router: Router, worker: Running) -> None:
+    """Whoever comes later is told of all that is cached, before anything else."""
+    prompt, salt = prompt_of(70), new_name()
+    first, again = (generate_locally(router, work(prompt, 30, salt=salt)) for _ in range(2))
+    assert first == again
+    assert router.load is not None
+    assert (router.load.num_prefix_queries, router.load.num_prefix_hits) == (140, 64)
+    late = Router(worker)
+    late.catch_up()
+    assert router.changes[0] == CacheChanged(cleared=True)
+    assert not any(change.removed for change in router.changes)
+    told = {digest for change in router.changes for digest in change.stored}
+    assert late.changes == [CacheChanged(late.changes[0].stored, cleared=True)]
+    assert set(late.changes[0].stored) == told
+    assert len(told) == (70 + 29) // 16
 
 
 # ---- refusals

@@ -140,6 +140,48 @@ def test_a_prompt_with_a_part_missing_is_refused(both: Both) -> None:
     both.decode.until_idle()
 
 
+# ---- prefixes
+
+
+def test_a_prefix_that_decode_has_is_not_sent_again(both: Both) -> None:
+    prompt, salt = prompt_of(150), new_name()
+    layout = both.duo.decode.engine.layout
+    records, outputs = [], []
+    for _ in range(2):
+        ticket, the_work = both.ticket(), work(prompt, 12, salt=salt)
+        both.decode.say(Reserve(ticket, the_work))
+        reserved = both.decode.next(Reserved, ticket.key)
+        both.prefill.say(Prefill(ticket, the_work, reserved.num_skipped_tokens))
+        prefilled = both.prefill.next(Prefilled, ticket.key)
+        assert prefilled.record is not None
+        both.decode.say(Accept(ticket, prefilled.record, prefilled.first_token_id, WAIT_S))
+        both.prefill.say(Release(ticket))
+        outputs.append([prefilled.first_token_id, *rest(both.decode, ticket.key)])
+        records.append(prefilled.record)
+    assert [record.num_skipped_tokens for record in records] == [0, 144]
+    token_bytes = layout.num_layers * layout.bytes_per_token_per_layer
+    assert [record.num_bytes for record in records] == [150 * token_bytes, 6 * token_bytes]
+    assert outputs[0] == outputs[1]
+
+
+def test_what_the_prefill_worker_finds_is_sent_though_not_computed(both: Both) -> None:
+    prompt, salt = prompt_of(150), new_name()
+    warm = both.ticket()
+    both.prefill.say(Prefill(warm, work(prompt[:100], 1, salt=salt)))
+    both.prefill.next(Prefilled, warm.key)
+    ticket, alone = both.ticket(), both.ticket()
+    hits = hits_of(both.prefill)
+    tokens = [begin(both.prefill, both.decode, ticket, work(prompt, 12, salt=salt)), *rest(both.decode, ticket.key)]
+    assert hits_of(both.prefill) - hits == 96
+    assert [begin(both.prefill, both.decode, alone, work(prompt, 12)), *rest(both.decode, alone.key)] == tokens
+
+
+def hits_of(router: Router) -> int:
+    router.catch_up()
+    assert router.load is not None
+    return router.load.num_prefix_hits
+
+
 # ---- idempotence and attempts
 
 

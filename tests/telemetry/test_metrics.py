@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,7 +30,8 @@ def worker(name: str, incarnation: str = "i", free: int = 10) -> WorkerSample:
 
 
 def counted(name: str, incarnation: str, field: str, count: int) -> WorkerSample:
-    return replace(worker(name, incarnation), **{field: count})
+    values: dict[str, Any] = {field: count}
+    return replace(worker(name, incarnation), **values)
 
 
 def test_the_names_of_existing_dashboards_are_all_there() -> None:
