@@ -67,9 +67,10 @@ struct Codes8Panel {
 inline void load_nibbles(const uint8_t* p, vf& low, vf& high) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 #if defined(__AVX512F__)
+    const __m512 floats = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i wide = _mm512_cvtepu8_epi32(bytes);
-    low = _mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(15)));
-    high = _mm512_cvtepi32_ps(_mm512_srli_epi32(wide, 4));
+    low = _mm512_permutexvar_ps(wide, floats);  // looks at the lowest four bits alone
+    high = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), floats);
 #else
     const __m256i mask = _mm256_set1_epi32(15);
     const __m256i wide[2] = {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
