@@ -146,19 +146,26 @@ float quantize_row(const float* x, int64_t k, Int8Row* out, int num_rows) {
     const float most = largest(x, k);
     const vf factor = set1(most > 0 ? 127.0f / most : 0.0f);
     alignas(64) int32_t codes[LANES];
+    alignas(64) Int8Row shifted[LANES];
     for (int64_t i = 0; i < int8_row_len(k); i += LANES) {
         const int n = static_cast<int>(std::min<int64_t>(LANES, k - i));
         store(codes, to_int(mul(n == LANES ? load(x + i) : load_first(x + i, n), factor)));
-        const int num_padded = static_cast<int>(std::min<int64_t>(LANES, int8_row_len(k) - i));
-        for (int j = 0; j < num_padded; j += INT8_STEP)
-            for (int s = 0; s < INT8_STEP; ++s)
-                out[(i + j) * num_rows + s] = static_cast<Int8Row>(j + s < n ? codes[j + s] + shift : shift);
+        for (int j = 0; j < LANES; ++j) shifted[j] = static_cast<Int8Row>(codes[j] + shift);
+        const int64_t end = std::min<int64_t>(LANES, int8_row_len(k) - i);
+        for (int64_t j = 0; j < end; j += INT8_STEP)
+            std::memcpy(out + (i + j) * num_rows, shifted + j, INT8_STEP * sizeof(Int8Row));
     }
     return most / 127.0f;
 }
 
-void transpose_row(const float* x, int64_t k, float* out, int num_rows) {
-    for (int64_t i = 0; i < k; ++i) out[i * num_rows] = x[i];
+// Blocks of k: what is written stays in the nearest cache until all rows have written there.
+void transpose(const RowSource& source, int64_t first, int num_rows, int64_t k, float* out) {
+    constexpr int64_t AT_ONCE = 64;
+    for (int64_t start = 0; start < k; start += AT_ONCE)
+        for (int r = 0; r < num_rows; ++r) {
+            const float* x = source.row(first + r, k);
+            for (int64_t i = start; i < std::min(k, start + AT_ONCE); ++i) out[i * num_rows + r] = x[i];
+        }
 }
 
 int64_t round_up(int64_t n) { return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
@@ -210,7 +217,7 @@ void pack_tile(const Weights& w, const RowSource& source, const PackedRows& rows
             rows.scales[first + r] = quantize_row(source.row(first + r, w.k), w.k, out, num_rows);
         }
     } else if (rows.num_rows > 1) {
-        for (int r = 0; r < num_rows; ++r) transpose_row(source.row(first + r, w.k), w.k, rows.floats + first * w.k + r, num_rows);
+        transpose(source, first, num_rows, w.k, rows.floats + first * w.k);
     }
 }
 
