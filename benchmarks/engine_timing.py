@@ -27,11 +27,10 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_storage import KVStorage
 from engine.model import Model
-from engine.model_config import ModelConfig
-from engine.parameters import Parameter
+from engine.model_config import Dtype, ModelConfig
 from engine.plan import Plan, PlanEntry
 from engine.runner import Runner
-from engine.weights import assemble
+from engine.weights import Storage, load_weights
 from kernels.checksum import checksum
 
 BLOCK_SIZE = 16
@@ -85,7 +84,7 @@ class Bench:
         import transformers
 
         self.size, self.device = size, device
-        self.dtype = "float32" if device.type == "cpu" else "bfloat16"
+        self.dtype: Dtype = "float32" if device.type == "cpu" else "bfloat16"
         config = transformers.Qwen3Config(
             hidden_size=size.hidden_size,
             num_hidden_layers=size.num_layers,
@@ -101,19 +100,16 @@ class Bench:
         torch.manual_seed(0)
         model_class: Any = transformers.Qwen3ForCausalLM
         self.peer = model_class(config).to(device, getattr(torch, self.dtype)).eval()
+        storage = Storage(self.dtype, self.dtype, getattr(torch, self.dtype), device)
         with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
+            self.peer.save_pretrained(folder)
             self.config = ModelConfig.from_folder(folder)
-        state = self.peer.state_dict()
-
-        def make(parameter: Parameter) -> torch.Tensor:
-            return torch.cat([state[name] for name, _ in parameter.parts]).view(parameter.shape)
-
+            model = Model(self.config, load_weights(folder, self.config, storage), storage, size.prompt_len * 2)
         c = self.config
         layout = KVLayout("bench", "", c.num_layers, c.num_kv_heads, c.head_size, BLOCK_SIZE, self.dtype)
         self.blocks_per_seq = size.prompt_len * 2 // BLOCK_SIZE
         self.storage = KVStorage(layout, size.batch_size * self.blocks_per_seq, device)
-        self.runner = Runner(Model(self.config, assemble(self.config, make)), self.storage)
+        self.runner = Runner(model, self.storage)
         self.prompt = torch.randint(size.vocab_size, (size.prompt_len,)).tolist()
 
     def entry(self, row: int, token_ids: Sequence[int], start: int) -> PlanEntry:

@@ -19,7 +19,7 @@ from typing import Any
 from core.errors import CheckpointError
 from engine.json_fields import read_json
 
-_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _MAX_HEADER_BYTES = 100_000_000
 _HASHED_WHOLE_BYTES = 64 * 2**20
 _SAMPLE_BYTES = 1024

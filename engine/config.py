@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from core.errors import ConfigError
+
+PRECISIONS: Mapping[str, Literal["int8", "int4"]] = MappingProxyType(
+    {"int8": "int8", "w8a8": "int8", "int4": "int4", "w4a16": "int4"}
+)
+"""What the names of `quantization` stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,11 @@ class EngineConfig:
     """Of weights and activations; auto is float32 on CPU and the checkpoint's own on a GPU."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Of the KV cache; auto is `dtype`. int8 keeps a scale for each vector of K and V."""
+    quantization: Literal["int8", "w8a8", "int4", "w4a16"] | None = None
+    """Round weights while loading: int8 with activations rounded row by row (w8a8), int4 in groups (w4a16). What a
+    checkpoint holds as codes already stays as it is, and needs no setting."""
+    quantize_lm_head: bool = True
+    """With `quantization`, hold the output matrix in int8 too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = None
     """CPU threads for compute; by default the cores of the process, shared among the workers of the host."""
@@ -49,6 +61,10 @@ class EngineConfig:
                 "engine.max_num_batched_tokens",
                 self.max_num_batched_tokens,
                 f"must be >= max_num_seqs = {self.max_num_seqs}, or prompts wait while all of them decode",
+            )
+        if self.quantization not in (None, *PRECISIONS):
+            raise ConfigError(
+                "engine.quantization", self.quantization, f"must be one of {', '.join(PRECISIONS)}, or left out"
             )
         if not self.kv_cache_memory_gib > 0:
             raise ConfigError("engine.kv_cache_memory_gib", self.kv_cache_memory_gib, "must be > 0")

@@ -14,16 +14,16 @@ from core.errors import ConfigError
 from core.kv_layout import KVLayout
 from engine.block_pool import BlockPool
 from engine.checkpoint import Checkpoint
-from engine.config import EngineConfig
+from engine.config import PRECISIONS, EngineConfig
 from engine.kv_storage import KVStorage
 from engine.memory import num_blocks_that_fit
 from engine.model import Model
-from engine.model_config import ModelConfig
+from engine.model_config import Dtype, ModelConfig
 from engine.plan import StepOutput
 from engine.prefix_index import PrefixIndex
 from engine.runner import Runner
 from engine.scheduler import Scheduler
-from engine.weights import load_weights
+from engine.weights import Storage, load_weights
 from kernels.threads import set_num_threads
 
 
@@ -50,6 +50,7 @@ class Engine:
         much of it or of this machine. `num_threads` holds for the whole process; its threads are pinned to `cpus`.
         """
         model_config = ModelConfig.from_folder(path)
+        latent = model_config.latent
         limit = model_config.max_model_len(config.max_model_len)
         device = _device(config)
         own_dtype = "float32" if device.type == "cpu" else model_config.dtype
@@ -59,12 +60,14 @@ class Engine:
             model=Path(path).resolve().name,
             fingerprint=Checkpoint.open(path).fingerprint(),
             num_layers=model_config.num_layers,
-            num_kv_heads=model_config.num_kv_heads,
-            head_size=model_config.head_size,
+            num_kv_heads=model_config.num_kv_heads if latent is None else 1,
+            head_size=model_config.head_size if latent is None else latent.kv_rank + latent.rope_size,
             block_size=config.block_size,
             dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+            kind="heads" if latent is None else "latent",
         )
-        model = Model(model_config, load_weights(path, model_config, getattr(torch, dtype), device))
+        weights_in = _storage(config, dtype, device)
+        model = Model(model_config, load_weights(path, model_config, weights_in), weights_in, limit)
         num_blocks = config.num_blocks or num_blocks_that_fit(model, layout, config, device, limit)
         index = PrefixIndex(layout.contents, config.block_size) if config.enable_prefix_caching else None
         pool = BlockPool(num_blocks, config.block_size, index)
@@ -89,6 +92,17 @@ class Engine:
             self.scheduler.abandon(plan)
             raise
         return self.scheduler.update(plan, result)
+
+
+def _storage(config: EngineConfig, dtype: Dtype, device: torch.device) -> Storage:
+    """On CPU all computing is in float32, whatever weights are held in."""
+    quantized = None if config.quantization is None else PRECISIONS[config.quantization]
+    return Storage(
+        precision=quantized or dtype,
+        head_precision="int8" if quantized is not None and config.quantize_lm_head else dtype,
+        dtype=torch.float32 if device.type == "cpu" else getattr(torch, dtype),
+        device=device,
+    )
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -32,6 +32,10 @@ class Fields:
     def get(self, name: str) -> Any:
         return self._values.get(name)
 
+    def names(self) -> tuple[str, ...]:
+        """The fields that are there, null or not."""
+        return tuple(self._values)
+
     def error(self, name: str, must: str) -> CheckpointError:
         value = self._values.get(name)
         got = "is missing" if value is None else f"got {shorten(value)}"

@@ -2,151 +2,296 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.errors import CheckpointError
 from engine.checkpoint import Checkpoint
-from engine.model_config import ModelConfig
+from engine.model_config import LatentConfig, ModelConfig
+from engine.packed_weights import unpack_weight
 from engine.parameters import (
-    Parameter,
-    attention_parameters,
-    checkpoint_tensors,
-    mlp_parameters,
-    model_parameters,
+    HeadsSources,
+    LatentSources,
+    LinearSources,
+    MLPSources,
+    MoESources,
+    Source,
+    layer_sources,
+    model_sources,
 )
-
-_DTYPES = ("F32", "BF16", "F16")
-_UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # computed from config.json
+from engine.tensor_check import check_tensors, stored_scheme, superfluous_biases
+from engine.tensor_files import TensorFiles
+from kernels.experts import Experts, make_experts
+from kernels.linear import GatedLinear, Linear, make_gated_linear, make_linear
+from kernels.native_linear import WeightPart
+from kernels.quantize import Precision, QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionWeights:
+class Storage:
+    """What weights are held in. Layers whose weights are codes in the checkpoint keep those."""
+
+    precision: Precision
+    head_precision: Precision
+    """Of the output matrix."""
+    dtype: torch.dtype
+    """Of activations, norms and biases."""
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsWeights:
     """C hidden size, H query heads, K KV heads, D head size."""
 
-    input_norm: Tensor
-    """[C]"""
-    mlp_norm: Tensor
-    """[C]; applied after attention, before the MLP."""
-    qkv: Tensor
-    """[(H + 2K) D, C]"""
-    output: Tensor
-    """[C, H D]"""
-    qkv_bias: Tensor | None = None
-    output_bias: Tensor | None = None
-    qk_norm: Tensor | None = None
-    """[H + K, D]"""
+    qkv: Linear
+    """C to (H + 2K) D"""
+    output: Linear
+    """H D to C"""
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    """[D], or over all heads [H D] and [K D]"""
+    sinks: Tensor | None
+    """[H] float32"""
 
 
 @dataclass(frozen=True, slots=True)
-class DenseWeights:
-    gate_up: Tensor
-    """[2I, C]"""
-    down: Tensor
-    """[C, I]"""
+class LatentWeights:
+    """H query heads; R size of the latent vector; N, P and V sizes of a head's plain, rotary and value part."""
+
+    q_down: Linear | None
+    q_down_norm: Tensor | None
+    q: Linear
+    """to H (N + P)"""
+    kv_down: Linear
+    """C to R + P"""
+    kv_down_norm: Tensor
+    """[R]"""
+    k_up: tuple[Linear, ...]
+    """One a head, N to R: what makes K of a latent vector, transposed, so that it turns Q into its space instead."""
+    v_up: tuple[Linear, ...]
+    """One a head, R to V."""
+    output: Linear
+    """H V to C"""
+
+
+@dataclass(frozen=True, slots=True)
+class MLPWeights:
+    gate_up: GatedLinear
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class MoEWeights:
-    router: Tensor
-    """[E, C]"""
-    gate_up: Tensor
-    """[E, 2I, C]"""
-    down: Tensor
-    """[E, C, I]"""
+    router: Linear
+    """In float32, whatever the model is in."""
+    score_bias: Tensor | None
+    """[E] float32"""
+    experts: Experts
+    shared: MLPWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Norms are [C]."""
+
+    attention_norm: Tensor
+    after_attention_norm: Tensor | None
+    mlp_norm: Tensor
+    after_mlp_norm: Tensor | None
+    attention: HeadsWeights | LatentWeights
+    mlp: MLPWeights | MoEWeights
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
     embedding: Tensor
-    """[V, C]"""
-    layers: tuple[tuple[AttentionWeights, DenseWeights | MoEWeights], ...]
+    """[V, C]; on CPU a view into the checkpoint's file, of the type that it is stored in."""
+    layers: tuple[LayerWeights, ...]
     norm: Tensor
-    """[C]"""
-    output: Tensor
-    """[V, C]; the embedding itself where they are tied."""
+    output: Linear
+    """C to V"""
 
 
-def assemble(config: ModelConfig, make: Callable[[Parameter], Tensor]) -> ModelWeights:
-    """Weights of the model that `config` describes; `make` gives the tensor of a parameter."""
-
-    def group(parameters: dict[str, Parameter]) -> dict[str, Tensor]:
-        return {name: make(parameter) for name, parameter in parameters.items()}
-
-    def layer(i: int) -> tuple[AttentionWeights, DenseWeights | MoEWeights]:
-        mlp = group(mlp_parameters(config, i))
-        return AttentionWeights(**group(attention_parameters(config, i))), (
-            MoEWeights(**mlp) if "router" in mlp else DenseWeights(**mlp)
-        )
-
-    outside = group(model_parameters(config))
-    layers = tuple(layer(i) for i in range(config.num_layers))
-    return ModelWeights(outside["embedding"], layers, outside["norm"], outside.get("output", outside["embedding"]))
-
-
-def load_weights(folder: str | Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """Read a checkpoint's tensors, converted to `dtype` on `device`.
+def load_weights(folder: str | Path, config: ModelConfig, storage: Storage) -> ModelWeights:
+    """Read a checkpoint's tensors once, layer by layer, from mapped files into the form that `storage` asks for.
 
     Raises `CheckpointError` that names file and tensor where one is missing, unexpected, or has another shape than
     config.json says. All of that is checked before the first tensor is read.
     """
     checkpoint = Checkpoint.open(folder)
     check_tensors(checkpoint, config)
-    with ExitStack() as stack:
-        files: dict[Path, Any] = {}
-
-        def read(name: str) -> Tensor:
-            file = checkpoint.tensors[name].file
-            try:
-                if file not in files:
-                    files[file] = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                tensor: Tensor = files[file].get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: tensor {name} can't be read ({error}); copy the file again") from None
-            return tensor
-
-        def make(parameter: Parameter) -> Tensor:
-            tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-            flat, start = tensor.view(-1), 0
-            for name, _ in parameter.parts:
-                part = read(name)
-                flat[start : start + part.numel()].copy_(part.flatten())
-                start += part.numel()
-            return tensor
-
-        return assemble(config, make)
+    return _Loader(checkpoint, config, storage).model()
 
 
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """`CheckpointError` where the files' tensors are not those of the model that config.json describes."""
-    expected, found = checkpoint_tensors(config), checkpoint.tensors
-    for name, shape in expected.items():
-        if name not in found:
-            raise CheckpointError(
-                f"{checkpoint.folder}: tensor {name} {list(shape)} of {config.architecture} is missing; "
-                "is a file missing, or config.json of another model?"
-            )
-        stored = found[name]
-        if stored.shape != shape:
-            raise CheckpointError(
-                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, config.json says {list(shape)}; "
-                "one of the files is of another model"
-            )
-        if stored.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{stored.file}: tensor {name} is of type {stored.dtype}, must be one of {', '.join(_DTYPES)}"
-            )
-    for name in sorted(found.keys() - expected.keys()):
-        if not (_UNUSED.fullmatch(name) or (name == "lm_head.weight" and config.tie_word_embeddings)):
-            raise CheckpointError(
-                f"{found[name].file}: tensor {name} {list(found[name].shape)} is no part of {config.architecture} "
-                "as config.json describes it; is config.json of another model?"
-            )
+class _Loader:
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, storage: Storage) -> None:
+        self._checkpoint, self._config, self._storage = checkpoint, config, storage
+        self._files = TensorFiles(checkpoint)
+
+    def model(self) -> ModelWeights:
+        for name in superfluous_biases(self._checkpoint, self._config):
+            if self._files.read(name).any():
+                raise CheckpointError(
+                    f"{self._checkpoint.folder}: bias {name} is not zero, but the model has none there"
+                )
+        sources = model_sources(self._config)
+        embedding = self._files.read(sources.embedding.name)
+        if self._storage.device.type != "cpu":
+            embedding = embedding.to(self._storage.device, self._storage.dtype)
+        layers = tuple(self._layer(i) for i in range(self._config.num_layers))
+        tied = LinearSources((sources.embedding,))
+        output = self._linear(sources.output or tied, self._storage.head_precision)
+        norm = self._norm(sources.norm)
+        self._files.release_pages()
+        return ModelWeights(embedding, layers, norm, output)
+
+    def _layer(self, index: int) -> LayerWeights:
+        sources = layer_sources(self._config, index)
+        attention, mlp = sources.attention, sources.mlp
+        weights = LayerWeights(
+            attention_norm=self._norm(sources.attention_norm),
+            after_attention_norm=self._optional_norm(sources.after_attention_norm),
+            mlp_norm=self._norm(sources.mlp_norm),
+            after_mlp_norm=self._optional_norm(sources.after_mlp_norm),
+            attention=self._heads(attention) if isinstance(attention, HeadsSources) else self._latent(attention),
+            mlp=self._mlp(mlp) if isinstance(mlp, MLPSources) else self._moe(mlp),
+        )
+        self._files.release_pages()
+        return weights
+
+    def _heads(self, sources: HeadsSources) -> HeadsWeights:
+        return HeadsWeights(
+            qkv=self._linear(sources.qkv),
+            output=self._linear(sources.output),
+            q_norm=self._optional_norm(sources.q_norm),
+            k_norm=self._optional_norm(sources.k_norm),
+            sinks=None if sources.sinks is None else self._vector(sources.sinks, torch.float32),
+        )
+
+    def _latent(self, sources: LatentSources) -> LatentWeights:
+        latent = self._config.latent
+        assert latent is not None, "weights of latent attention for a model without"
+        k_up, v_up = self._absorbed(sources.kv, latent)
+        return LatentWeights(
+            q_down=None if sources.q_down is None else self._linear(sources.q_down),
+            q_down_norm=self._optional_norm(sources.q_down_norm),
+            q=self._linear(sources.q),
+            kv_down=self._linear(sources.kv_down),
+            kv_down_norm=self._norm(sources.kv_down_norm),
+            k_up=k_up,
+            v_up=v_up,
+            output=self._linear(sources.output),
+        )
+
+    def _absorbed(self, source: Source, latent: LatentConfig) -> tuple[tuple[Linear, ...], tuple[Linear, ...]]:
+        """As floats: what is rounded row by row for K would be rounded column by column for Q."""
+        part = self._part(source)
+        weight = part.dequantize() if isinstance(part, QuantizedWeight) else part
+        heads = weight.view(self._config.num_heads, latent.nope_size + latent.v_size, latent.kv_rank)
+        precision = self._float_precision()
+        return (
+            tuple(make_linear([head[: latent.nope_size].t()], None, precision) for head in heads),
+            tuple(make_linear([head[latent.nope_size :]], None, precision) for head in heads),
+        )
+
+    def _mlp(self, sources: MLPSources) -> MLPWeights:
+        gate, up = _uniform([self._part(sources.gate.weights[0]), self._part(sources.up.weights[0])])
+        precision, activation = self._storage.precision, self._config.activation
+        return MLPWeights(make_gated_linear(gate, up, None, None, precision, activation), self._linear(sources.down))
+
+    def _moe(self, sources: MoESources) -> MoEWeights:
+        linears = ([getattr(e, name) for e in sources.experts] for name in ("gate", "up", "down"))
+        (gate, gate_bias), (up, up_bias), (down, down_bias) = (self._stack(each) for each in linears)
+        both = _uniform([*gate, *up])
+        experts = make_experts(
+            both[: len(gate)],
+            both[len(gate) :],
+            _uniform(down),
+            self._storage.precision,
+            self._config.activation,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+        )
+        bias = sources.score_bias
+        return MoEWeights(
+            router=self._linear(sources.router, "float32"),
+            score_bias=None if bias is None else self._vector(bias, torch.float32),
+            experts=experts,
+            shared=None if sources.shared is None else self._mlp(sources.shared),
+        )
+
+    def _stack(self, linears: list[LinearSources]) -> tuple[list[WeightPart], list[Tensor] | None]:
+        """Weights and biases of all experts."""
+        biases = [self._vector(bias, self._storage.dtype) for linear in linears for bias in linear.biases]
+        return [self._part(linear.weights[0]) for linear in linears], biases or None
+
+    def _linear(self, sources: LinearSources, precision: Precision | None = None) -> Linear:
+        parts = _uniform([self._part(source) for source in sources.weights])
+        dtype = torch.float32 if precision == "float32" else self._storage.dtype
+        biases = [self._vector(source, dtype) for source in sources.biases]
+        return make_linear(parts, torch.cat(biases) if biases else None, precision or self._storage.precision)
+
+    def _float_precision(self) -> Precision:
+        return self._storage.precision if self._storage.precision not in ("int8", "int4") else "float32"
+
+    def _optional_norm(self, source: Source | None) -> Tensor | None:
+        return None if source is None else self._norm(source)
+
+    def _norm(self, source: Source) -> Tensor:
+        offset = self._config.family.norm_offset
+        return (self._vector(source, torch.float32) + offset).to(self._storage.dtype)
+
+    def _vector(self, source: Source, dtype: torch.dtype) -> Tensor:
+        vector = _rows(_expert(self._files.read(source.name), source), source.rows)
+        return vector.to(self._storage.device, dtype, copy=True)
+
+    def _part(self, source: Source) -> WeightPart:
+        """A weight, or rows of it: on CPU a view into the file where it is stored as floats."""
+        scheme = stored_scheme(self._checkpoint, self._config, source)
+        if scheme is None:
+            matrix = _expert(self._files.read(source.name), source)
+            return self._place(_rows(matrix.t() if source.transposed else matrix, source.rows))
+        module = source.name.removesuffix(".weight")
+        stored = {
+            name[len(module) + 1 :]: _expert(self._files.read(name), source)
+            for name in scheme.stored(module, source.shape)
+        }
+        return self._place(_part_rows(unpack_weight(scheme, stored), source.rows))
+
+    def _place(self, part: WeightPart) -> WeightPart:
+        device = self._storage.device
+        if isinstance(part, Tensor):
+            return part.to(device)
+        zeros = None if part.zeros is None else part.zeros.to(device)
+        return replace(part, codes=part.codes.to(device), scales=part.scales.to(device), zeros=zeros)
+
+
+def _expert(tensor: Tensor, source: Source) -> Tensor:
+    return tensor if source.expert is None else tensor[source.expert]
+
+
+def _rows(tensor: Tensor, rows: slice | tuple[int, ...] | None) -> Tensor:
+    if rows is None:
+        return tensor
+    return tensor[rows] if isinstance(rows, slice) else tensor[list(rows)]
+
+
+def _part_rows(part: WeightPart, rows: slice | tuple[int, ...] | None) -> WeightPart:
+    if isinstance(part, Tensor):
+        return _rows(part, rows)
+    zeros = None if part.zeros is None else _rows(part.zeros, rows)
+    return replace(part, codes=_rows(part.codes, rows), scales=_rows(part.scales, rows), zeros=zeros)
+
+
+def _uniform(parts: Sequence[WeightPart]) -> list[WeightPart]:
+    """Parts of one layer, which must be codes of one kind; floats where they are not."""
+    codes = [part for part in parts if isinstance(part, QuantizedWeight)]
+    kinds = {(part.num_bits, part.group_size, part.zeros is None) for part in codes}
+    if len(codes) == len(parts) and len(kinds) == 1:
+        return list(parts)
+    return [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]

@@ -123,7 +123,7 @@ class TorchLinear:
         weight = self.weight
         if isinstance(weight, Tensor):
             return F.linear(x, weight.to(x.dtype))
-        if weight.num_bits == 4 or weight.group_size != weight.codes.shape[1]:
+        if weight.num_bits == 4 or weight.zeros is not None or weight.group_size != weight.codes.shape[1]:
             return F.linear(x, weight.dequantize().to(x.dtype))
         codes, scales = quantize_rows(x)
         return int_matmul(codes, weight.codes).to(torch.float32) * (scales.unsqueeze(1) * weight.scales.view(1, -1))

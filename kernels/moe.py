@@ -1,47 +1,50 @@
-"""Mixture of experts: each token goes through the `top_k` experts that its gate prefers (Shazeer et al., 2017)."""
+"""The gate of a mixture of experts: which of them each token goes through (Shazeer et al., 2017)."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from kernels.swiglu import swiglu
 
 
-def route(gate_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+def route(
+    gate_logits: Tensor,
+    top_k: int,
+    renormalize: bool,
+    *,
+    scores: Literal["softmax", "sigmoid"] = "softmax",
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_best: int = 1,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """The experts of each token and their weights, best first.
 
-    gate_logits: [T, E]; returns weights [T, top_k] float32, from a softmax over all experts, scaled to sum to 1 where
-    `renormalize`, and expert ids [T, top_k] int64.
+    gate_logits: [T, E]; returns weights [T, top_k] float32 and expert ids [T, top_k] int64. The weights are the scores
+    of the chosen, scaled to sum to 1 where `renormalize`, times `scale`. bias: [E] float32, added for the choice only.
+    Experts come from the `top_groups` best of `num_groups` groups of neighbours, where a group is as good as its
+    `group_best` best experts together (DeepSeek-V2 and V3, 2024).
     """
-    if renormalize:  # the same as a softmax over the chosen ones
-        best, expert_ids = gate_logits.to(torch.float32).topk(top_k, dim=-1)
-        return best.softmax(dim=-1), expert_ids
-    weights, expert_ids = gate_logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
-    return weights, expert_ids
+    wide = gate_logits.to(torch.float32)
+    if scores == "softmax" and renormalize and bias is None and num_groups == 1:  # a softmax over the chosen ones
+        best, expert_ids = wide.topk(top_k, dim=-1)
+        return best.softmax(dim=-1) * scale, expert_ids
+    values = wide.softmax(dim=-1) if scores == "softmax" else wide.sigmoid()
+    ranks = values if bias is None else values + bias
+    if top_groups < num_groups:
+        ranks = _within_groups(ranks, num_groups, top_groups, group_best)
+    expert_ids = ranks.topk(top_k, dim=-1).indices
+    weights = values.gather(1, expert_ids)
+    if renormalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * scale, expert_ids
 
 
-def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-    """Weighted sum of each token's experts.
-
-    x: [T, C]; gate_up: [E, 2I, C]; down: [E, C, I]; weights, expert_ids: [T, top_k] from `route`; returns [T, C].
-
-    Tokens are sorted by expert, so each expert runs once over the rows that are its own, without padding.
-    """
-    num_tokens, top_k = expert_ids.shape
-    if num_tokens == 1:
-        outputs = [_expert(x, gate_up[e], down[e]) for e in expert_ids[0].tolist()]
-        return weights.to(x.dtype) @ torch.cat(outputs)
-    flat_ids = expert_ids.flatten()
-    order = flat_ids.argsort(stable=True)
-    rows = x.index_select(0, order.div(top_k, rounding_mode="floor"))
-    counts = flat_ids.bincount(minlength=gate_up.shape[0]).tolist()
-    outputs = [_expert(part, gate_up[e], down[e]) for e, part in enumerate(torch.split(rows, counts)) if counts[e]]
-    unsorted = torch.cat(outputs).index_select(0, order.argsort()).view(num_tokens, top_k, -1)
-    return (unsorted * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
-
-
-def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x: [N, C]; gate_up: [2I, C]; down: [C, I]; returns [N, C]."""
-    return F.linear(swiglu(F.linear(x, gate_up)), down)
+def _within_groups(ranks: Tensor, num_groups: int, top_groups: int, group_best: int) -> Tensor:
+    """ranks: [T, E]; returns them with minus infinity outside of the best groups."""
+    grouped = ranks.view(ranks.shape[0], num_groups, -1)
+    groups = grouped.topk(group_best, dim=-1).values.sum(dim=-1).topk(top_groups, dim=-1).indices
+    outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=ranks.device).scatter_(1, groups, False)
+    return grouped.masked_fill(outside.unsqueeze(2), float("-inf")).flatten(1)

@@ -20,11 +20,11 @@ class QuantizedWeight:
     """`w = (codes - zeros) * scales`, one scale (and zero) for each `group_size` columns of a row."""
 
     codes: Tensor
-    """[N, K] int8: -127 to 127 of 8 bits; of 4 bits -8 to 7, or 0 to 15 where there are zeros."""
+    """[N, K] int8: all of the type's range of 8 bits; of 4 bits -8 to 7, or 0 to 15 where there are zeros."""
     scales: Tensor
     """[N, K / group_size] float32"""
     zeros: Tensor | None
-    """[N, K / group_size] int8, 4 bits only."""
+    """[N, K / group_size] int8. Of 8 bits, a weight that has them is weight-only: activations are not rounded."""
     group_size: int
     num_bits: int
 

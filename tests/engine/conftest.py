@@ -13,6 +13,28 @@ from typing import Any
 import pytest
 import torch
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+}
+DEEPSEEK = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 16,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("Llama", {"head_dim": 24, "num_key_value_heads": 1, "vocab_size": 211}, "1GB"),
     "llama_bias_linear_rope": (
@@ -37,9 +59,60 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "1GB",
     ),
+    "mistral": ("Mistral", {"head_dim": 20, "sliding_window": 9}, "1GB"),
     "qwen2": ("Qwen2", {"vocab_size": 199, "num_hidden_layers": 3}, "60KB"),
+    "qwen2_window_yarn": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1, "rope_parameters": YARN},
+        "1GB",
+    ),
     "qwen3": ("Qwen3", {"head_dim": 40, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}, "1GB"),
-    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}, "1GB"),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 40,
+            "sliding_window": 13,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+            "num_hidden_layers": 3,
+        },
+        "1GB",
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 20,
+            "num_key_value_heads": 1,
+            "query_pre_attn_scalar": 30,
+            "sliding_window": 11,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "num_hidden_layers": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "tie_word_embeddings": True,
+        },
+        "1GB",
+    ),
+    "phi3": ("Phi3", {"num_key_value_heads": 1, "sliding_window": 17, "pad_token_id": None}, "1GB"),
+    "phi3_long_partial_rope": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "pad_token_id": None,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0] * 6,
+                "long_factor": [1.0, 1.1, 1.5, 2.0, 4.0, 7.0],
+            },
+        },
+        "1GB",
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 30}, "1GB"),
     "qwen3_moe": (
         "Qwen3Moe",
         {
@@ -63,6 +136,33 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
             "decoder_sparse_step": 2,
             "norm_topk_prob": True,
             "tie_word_embeddings": True,
+        },
+        "1GB",
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 28}, "1GB"),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0},
+        "1GB",
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": 28,
+            "attention_bias": True,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+        "1GB",
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 24,
+            "sliding_window": 11,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**YARN, "truncate": False},
         },
         "1GB",
     ),
@@ -167,12 +267,18 @@ def _make(variant: str, folder: Path, device: torch.device) -> Reference:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     family, odd, shard_size = VARIANTS[variant]
-    config = getattr(transformers, f"{family}Config")(**{**COMMON, **odd})
+    kind = f"{family}TextConfig" if hasattr(transformers, f"{family}TextConfig") else f"{family}Config"
+    config = getattr(transformers, kind)(**{**COMMON, **odd})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(sum(map(ord, variant)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _randomize_(name, parameter, generator)
+            if family.startswith("Gemma"):
+                _shift_gemma_(name, parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # or it stays zero
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder, max_shard_size=shard_size)
     return Reference(folder, model.to(device))
 
@@ -188,3 +294,13 @@ def _randomize_(name: str, parameter: torch.Tensor, generator: torch.Generator) 
         parameter.copy_(0.5 * noise)
     else:
         parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+
+
+def _shift_gemma_(name: str, parameter: torch.Tensor) -> None:
+    """It adds 1 to norms, and multiplies embeddings by 8: a tied model would repeat its input."""
+    if "embed" in name:
+        parameter.mul_(0.05)
+    elif "norm" in name:
+        parameter.sub_(1)
+        if name == "model.norm.weight":
+            parameter.add_(9)

@@ -13,7 +13,7 @@ from engine.kv_storage import KVStorage
 from engine.memory import _free_bytes, _largest_plan
 from engine.model import Model
 from engine.model_config import ModelConfig
-from engine.weights import load_weights
+from engine.weights import Storage, load_weights
 
 
 def test_the_largest_plan_is_as_large_as_a_step_can_be() -> None:
@@ -30,7 +30,8 @@ def test_weights_others_and_activations_are_taken_off(reference: Any, monkeypatc
     cpu, config = torch.device("cpu"), EngineConfig(num_blocks=8, device="cpu")
     layout = Engine.from_checkpoint(folder, config).layout
     model_config = ModelConfig.from_folder(folder)
-    model = Model(model_config, load_weights(folder, model_config, torch.float32, cpu))
+    storage = Storage("float32", "float32", torch.float32, cpu)
+    model = Model(model_config, load_weights(folder, model_config, storage), storage, 256)
     left: list[KVStorage] = []
 
     def empty_cache() -> None:

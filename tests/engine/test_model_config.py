@@ -9,7 +9,8 @@ import pytest
 from core.errors import CheckpointError, ConfigError
 from core.model_info import SamplingDefaults
 from engine.families import FAMILIES
-from engine.model_config import ModelConfig, RopeConfig, model_info
+from engine.model_config import ModelConfig, model_info
+from engine.rope_config import RopeConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -23,6 +24,26 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
+WINDOW = {"sliding_window": 128, "use_sliding_window": True}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 128}
+GEMMA2 = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA3 = GEMMA2 | {"architectures": ["Gemma3ForCausalLM"]}
+OLMOE = LLAMA | {"architectures": ["OlmoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2}
+DEEPSEEK_V2 = LLAMA | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 4,
+    "topk_group": 2,
+}
+DEEPSEEK_V3 = DEEPSEEK_V2 | {"architectures": ["DeepseekV3ForCausalLM"]}
+GPT_OSS = LLAMA | {"architectures": ["GptOssForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN3_MOE = LLAMA | {
@@ -40,16 +61,25 @@ def read(folder: Path, config: dict[str, Any], generation: dict[str, Any] | None
     return ModelConfig.from_folder(folder)
 
 
+def rope(config: ModelConfig) -> RopeConfig:
+    """That of the first layer."""
+    return config.layers[0].rope
+
+
+def windows(config: ModelConfig) -> list[int | None]:
+    return [layer.window for layer in config.layers]
+
+
 def test_what_older_files_leave_out_has_transformers_defaults(tmp_path: Path) -> None:
     config = read(tmp_path, {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"})
-    assert (config.num_kv_heads, config.head_size, config.rope) == (4, 16, RopeConfig(10000.0))
+    assert (config.num_kv_heads, config.head_size, config.layers[0].rope) == (4, 16, RopeConfig(10000.0, 16))
     assert (config.tie_word_embeddings, config.qkv_bias, config.dtype, config.moe) == (False, False, "float32", None)
 
 
 def test_rope_is_read_from_either_spelling(tmp_path: Path) -> None:
     new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    assert read(tmp_path, LLAMA | new).rope == read(tmp_path, LLAMA | old).rope == RopeConfig(5e5, "linear", 2.0)
+    assert rope(read(tmp_path, LLAMA | new)) == rope(read(tmp_path, LLAMA | old)) == RopeConfig(5e5, 16, "linear", 2.0)
 
 
 def test_dtype_is_read_from_either_spelling(tmp_path: Path) -> None:
@@ -59,8 +89,10 @@ def test_dtype_is_read_from_either_spelling(tmp_path: Path) -> None:
 
 def test_llama3_scaling_keeps_all_its_numbers(tmp_path: Path) -> None:
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    rope = read(tmp_path, LLAMA | {"rope_scaling": scaling | {"original_max_position_embeddings": 128}}).rope
-    assert rope == RopeConfig(10000.0, "llama3", 8.0, 1.0, 4.0, 128)
+    config = read(tmp_path, LLAMA | {"rope_scaling": scaling | {"original_max_position_embeddings": 128}})
+    assert rope(config) == RopeConfig(
+        10000.0, 16, "llama3", 8.0, original_max_position=128, low_freq_factor=1.0, high_freq_factor=4.0
+    )
 
 
 def test_biases_are_those_of_the_family(tmp_path: Path) -> None:
@@ -73,15 +105,17 @@ def test_biases_are_those_of_the_family(tmp_path: Path) -> None:
 
 
 def test_expert_layers_follow_step_and_exceptions(tmp_path: Path) -> None:
-    moe = read(tmp_path, QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}).moe
-    assert moe is not None
-    assert (moe.layers, moe.norm_topk_prob, moe.intermediate_size) == (frozenset({1}), False, 32)
+    config = read(tmp_path, QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [3]})
+    assert config.moe is not None
+    assert [layer.has_experts for layer in config.layers] == [False, True, False, False]
+    assert (config.moe.renormalize, config.moe.intermediate_size) == (False, 32)
 
 
 def test_mixtral_normalizes_expert_weights_and_has_experts_everywhere(tmp_path: Path) -> None:
-    moe = read(tmp_path, MIXTRAL).moe
-    assert moe is not None
-    assert (moe.layers, moe.norm_topk_prob, moe.intermediate_size) == (frozenset(range(4)), True, 96)
+    config = read(tmp_path, MIXTRAL)
+    assert config.moe is not None
+    assert all(layer.has_experts for layer in config.layers)
+    assert (config.moe.renormalize, config.moe.intermediate_size) == (True, 96)
 
 
 @pytest.mark.parametrize(
@@ -124,18 +158,26 @@ def test_an_unknown_architecture_is_named_with_those_supported(tmp_path: Path) -
         (LLAMA, {"mlp_bias": True}, "mlp_bias"),
         (LLAMA, {"vocab_size": 2**19}, "vocab_size: got 524288, must be below"),
         (LLAMA, {"dtype": "float8_e4m3fn"}, "dtype: got 'float8_e4m3fn'"),
-        (LLAMA, {"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints are not supported"),
-        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type: got 'yarn'"),
-        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.type: got 'dynamic'"),
+        (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.quant_method: got 'fp8'"),
+        (LLAMA, {"partial_rotary_factor": 0.2}, "partial_rotary_factor: got 0.2, must leave an even part"),
+        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": -4.0}}, "rope_scaling.factor: got -4.0"),
+        (LLAMA, {"rope_scaling": {"type": "spiral", "factor": 4.0}}, "rope_scaling.type: got 'spiral'"),
+        (PHI3, {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8}}, "long_factor: is missing"),
         (LLAMA, {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor: is missing"),
-        (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "type: is missing"),
+        (LLAMA, {"rope_parameters": {"factor": 2.0}}, "type: is missing"),
         (LLAMA, {"rope_parameters": [1]}, "rope_parameters: got"),
-        (MIXTRAL, {"sliding_window": 128}, "sliding_window: got 128"),
+        (MIXTRAL, {"sliding_window": "wide"}, "sliding_window: got 'wide'"),
         (MIXTRAL, {"num_experts_per_tok": 9}, "num_experts_per_tok: got 9, must be <= num_local_experts"),
-        (QWEN2, {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 2}, "sliding_window: got 128"),
-        (QWEN2, {"sliding_window": 128, "use_sliding_window": True, "layer_types": ["sliding_attention"]}, "got 128"),
-        (QWEN3_MOE, {"sliding_window": 128, "use_sliding_window": True}, "sliding_window: got 128"),
+        (QWEN2, {"sliding_window": 128, "use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types"),
+        (GEMMA2, {"layer_types": ["chunked_attention"] * 4}, "layer_types: got"),
+        (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation: got 'gelu', must be 'gelu_pytorch_tanh'"),
+        (OLMOE, {"clip_qkv": 8.0}, "clip_qkv: got 8.0, must be left out"),
+        (DEEPSEEK_V2, {"norm_topk_prob": True}, "norm_topk_prob: got True, must be False or left out"),
+        (DEEPSEEK_V2, {"kv_lora_rank": None}, "kv_lora_rank: is missing"),
+        (DEEPSEEK_V3, {"scoring_func": "softmax"}, "scoring_func: got 'softmax'"),
+        (DEEPSEEK_V3, {"n_group": 3}, "n_group: got 3, must divide n_routed_experts (8)"),
+        (DEEPSEEK_V3, {"num_experts_per_tok": 5}, "topk_group: got 2, must leave at least num_experts_per_tok (5)"),
+        (GPT_OSS, {"swiglu_limit": 5.0}, "swiglu_limit: got 5.0, must be 7.0 or left out"),
         (QWEN3_MOE, {"moe_intermediate_size": None}, "moe_intermediate_size: is missing"),
         (QWEN3_MOE, {"mlp_only_layers": ["x"]}, "mlp_only_layers: got"),
     ],
@@ -150,18 +192,53 @@ def test_what_would_go_wrong_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("base", "change"),
+    ("base", "change", "expected"),
     [
-        (LLAMA, {"sliding_window": 128}),
-        (MIXTRAL, {"sliding_window": 512}),
-        (MIXTRAL, {"sliding_window": None}),
-        (QWEN2, {"sliding_window": 128, "use_sliding_window": False}),
-        (QWEN2, {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 4}),
-        (QWEN2, {"sliding_window": 128, "use_sliding_window": True, "layer_types": ["full_attention"] * 4}),
+        (LLAMA, {"sliding_window": 128}, [None] * 4),
+        (MISTRAL, {"sliding_window": 128}, [128] * 4),
+        (MISTRAL, {"max_position_embeddings": 8192}, [4096] * 4),
+        (MISTRAL, {"sliding_window": None}, [None] * 4),
+        (MIXTRAL, {"sliding_window": 512}, [None] * 4),
+        (MIXTRAL, {"sliding_window": None}, [None] * 4),
+        (QWEN2, WINDOW | {"use_sliding_window": False}, [None] * 4),
+        (QWEN2, WINDOW, [None] * 4),
+        (QWEN2, WINDOW | {"max_window_layers": 2}, [None, None, 128, 128]),
+        (QWEN2, WINDOW | {"layer_types": ["full_attention"] * 4}, [None] * 4),
+        (QWEN2, WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2}, [128, None, 128, None]),
+        (QWEN3_MOE, WINDOW, [128] * 4),
+        (GEMMA2, WINDOW, [128, None, 128, None]),
+        (GEMMA3, WINDOW | {"sliding_window_pattern": 3}, [128, 128, None, 128]),
+        (GPT_OSS, {}, [128, None, 128, None]),
     ],
 )
-def test_a_window_without_effect_is_no_obstacle(tmp_path: Path, base: dict[str, Any], change: dict[str, Any]) -> None:
-    assert read(tmp_path, base | change).max_position == 512
+def test_windows_are_those_of_the_family(
+    tmp_path: Path, base: dict[str, Any], change: dict[str, Any], expected: list[int | None]
+) -> None:
+    assert windows(read(tmp_path, base | change)) == expected
+
+
+def test_layers_with_a_window_may_have_a_rotary_base_of_their_own(tmp_path: Path) -> None:
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    new = {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    }
+    for change in (old, new):
+        config = read(tmp_path, GEMMA3 | WINDOW | {"sliding_window_pattern": 2} | change)
+        local, everywhere = RopeConfig(1e4, 256), RopeConfig(1e6, 256, "linear", 8.0)
+        assert [layer.rope for layer in config.layers] == [local, everywhere] * 2
+
+
+def test_a_context_that_yarn_stretches_counts(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert read(tmp_path, LLAMA | {"rope_scaling": yarn}).max_position == 2048
+
+
+def test_absent_and_null_differ_where_the_family_has_a_default(tmp_path: Path) -> None:
+    softcaps = [read(tmp_path, GEMMA2 | change).attention_softcap for change in ({}, {"attn_logit_softcapping": None})]
+    assert softcaps == [50.0, None]
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,11 @@
-"""Routing and experts against a loop over tokens."""
+"""Routing against a loop over tokens."""
+
+from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from kernels.moe import moe_experts, route
-
-
-def by_definition(
-    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
-) -> torch.Tensor:
-    out = torch.zeros_like(x, dtype=torch.float64)
-    for t in range(x.shape[0]):
-        for weight, e in zip(weights[t].tolist(), ids[t].tolist(), strict=True):
-            gate, up = (gate_up[e].double() @ x[t].double()).chunk(2)
-            out[t] += weight * (down[e].double() @ (F.silu(gate) * up))
-    return out.to(x.dtype)
+from kernels.moe import route
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -35,22 +25,28 @@ def test_weights_are_float32_whatever_the_logits_are(device: torch.device, rng: 
     assert weights.dtype is torch.float32
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 7, 100])
-@pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_experts(num_tokens: int, top_k: int, device: torch.device, rng: torch.Generator) -> None:
-    x = torch.randn(num_tokens, 16, generator=rng, device=device)
-    gate_up = torch.randn(5, 24, 16, generator=rng, device=device) / 4
-    down = torch.randn(5, 16, 12, generator=rng, device=device) / 4
-    weights, ids = route(torch.randn(num_tokens, 5, generator=rng, device=device), top_k, False)
-    expected = by_definition(x, gate_up, down, weights, ids)
-    torch.testing.assert_close(moe_experts(x, gate_up, down, weights, ids), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("group_best", [1, 2])
+def test_experts_come_from_the_best_groups(
+    scores: Any, group_best: int, device: torch.device, rng: torch.Generator
+) -> None:
+    logits, bias = torch.randn(40, 12, generator=rng, device=device), torch.randn(12, generator=rng, device=device)
+    weights, ids = route(
+        logits, 3, True, scores=scores, bias=bias, num_groups=4, top_groups=2, group_best=group_best, scale=2.5
+    )
+    values = logits.softmax(dim=-1) if scores == "softmax" else logits.sigmoid()
+    for t in range(40):
+        ranks = (values[t] + bias).tolist()
+        groups = [sorted(ranks[g * 3 : g * 3 + 3], reverse=True)[:group_best] for g in range(4)]
+        best_groups = sorted(range(4), key=lambda g: -sum(groups[g]))[:2]
+        allowed = [e for e in range(12) if e // 3 in best_groups]
+        assert ids[t].tolist() == sorted(allowed, key=lambda e: -ranks[e])[:3]
+        chosen = values[t, ids[t]]
+        torch.testing.assert_close(weights[t], 2.5 * chosen / chosen.sum())
 
 
-def test_all_tokens_may_choose_the_same_experts(device: torch.device, rng: torch.Generator) -> None:
-    x = torch.randn(9, 16, generator=rng, device=device)
-    gate_up = torch.randn(5, 24, 16, generator=rng, device=device) / 4
-    down = torch.randn(5, 16, 12, generator=rng, device=device) / 4
-    ids = torch.tensor([[4, 1]], device=device).expand(9, 2)
-    weights = torch.tensor([[0.75, 0.25]], device=device).expand(9, 2)
-    expected = by_definition(x, gate_up, down, weights, ids)
-    torch.testing.assert_close(moe_experts(x, gate_up, down, weights, ids), expected, rtol=1e-5, atol=1e-5)
+def test_a_bias_moves_the_choice_and_not_the_weights(device: torch.device) -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0]], device=device)
+    weights, ids = route(logits, 1, False, scores="sigmoid", bias=torch.tensor([0.0, 0.0, 5.0], device=device))
+    assert ids.tolist() == [[2]]
+    torch.testing.assert_close(weights, logits[:, 2:].sigmoid())
