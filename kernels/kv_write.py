@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels.paged_kv import LayerKV, PagedKV, PagedLatent, token_views
+from kernels.quantize import quantize_rows
 
 
 def write_kv_(kv: PagedKV, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -23,17 +23,6 @@ def write_kv_(kv: PagedKV, slots: Tensor, k: Tensor, v: Tensor) -> None:
 def write_latent_(kv: PagedLatent, slots: Tensor, latent: Tensor) -> None:
     """Store the latent vectors of T tokens. slots: as in `write_kv_`; latent: [T, R + P]."""
     _put_(kv, slots, latent.to(kv.latent.dtype))
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 over the last dimension: codes of x's shape and float32 scales [...], `x = codes * scale`.
-
-    `scale = max|x| / 127`, `codes = round(x * (127 / max|x|))`, half to even; all zero where x is.
-    """
-    wide = x.to(torch.float32)
-    largest = wide.abs().amax(dim=-1)
-    factors = torch.where(largest > 0, 127.0 / largest, 0.0)
-    return (wide * factors.unsqueeze(-1)).round_().to(torch.int8), largest / 127.0
 
 
 def _put_(kv: LayerKV, slots: Tensor, *parts: Tensor) -> None:

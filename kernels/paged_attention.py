@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.native_attention import attend, native_attention
 from kernels.paged_kv import PagedKV, Spans
 
 MAX_GATHERED_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
@@ -34,8 +35,24 @@ def paged_attention(
     q: [T, H, D]; scale: of the logits q k; softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); sinks:
     [H] float32, a logit for each head that takes part in the softmax and has no value (gpt-oss).
 
-    What lies in the cache beyond a row's context, not-a-number included, has no effect on the row.
+    What lies in the cache beyond a row's context, not-a-number included, has no effect on the row. On CPU a float32 row
+    comes out the same, bit for bit, whatever is computed beside it and wherever its prompt was cut.
     """
+    if (run := native_attention("penstock_attention", q, kv)) is not None:
+        return attend(run, q, kv, spans, scale, window, softcap, sinks)
+    return reference(q, kv, spans, scale, window, softcap, sinks)
+
+
+def reference(
+    q: Tensor,
+    kv: PagedKV,
+    spans: Spans,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The same in torch, on any device."""
     outputs = []
     for first, last, num_rows, num_blocks in _groups(spans, kv):
         table = spans.table[first:last]

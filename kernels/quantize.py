@@ -38,14 +38,14 @@ class QuantizedWeight:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric, one scale a row: codes int8 [T, K] in [-127, 127], scales float32 [T].
+    """Symmetric, one scale a row: codes int8 [..., K] in [-127, 127], scales float32 [...].
 
-    x: [T, K]. A row depends on no other. A row of zeros has scale 0. Ties round to the even code.
+    x: [..., K]. A row depends on no other. A row of zeros has scale 0. Ties round to the even code.
     """
     wide = x.to(torch.float32)
-    largest = wide.abs().amax(dim=1)
+    largest = wide.abs().amax(dim=-1)
     factors = torch.where(largest > 0, _INT8_MAX / largest, 0.0)
-    return (wide * factors.unsqueeze(1)).round().to(torch.int8), largest / _INT8_MAX
+    return (wide * factors.unsqueeze(-1)).round().to(torch.int8), largest / _INT8_MAX
 
 
 def quantize_weight(weight: Tensor, num_bits: int, group_size: int) -> QuantizedWeight:

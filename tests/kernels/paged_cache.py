@@ -8,8 +8,8 @@ from itertools import accumulate
 
 import torch
 
-from kernels.kv_write import quantize_rows
-from kernels.paged_kv import PagedKV, Spans, empty_kv, token_views
+from kernels.paged_kv import Spans, empty_kv, token_views
+from kernels.quantize import quantize_rows
 
 NAN = float("nan")
 
@@ -47,8 +47,7 @@ class Cache:
         """Random K or V of context i, written into its blocks; returns what the cache then holds."""
         view, scale = token_views(self.kv)[which], token_views(self.kv)[2 + which :][:1]
         x = torch.randn(length, *view.shape[2:], generator=rng, device=rng.device)
-        at = torch.arange(length, device=rng.device)
-        index = self.tables[i][at // self.block_size], at % self.block_size
+        index = self.places(i, length)
         if not scale:
             view[index] = x.to(view.dtype)
             return x.to(view.dtype).float()
@@ -56,23 +55,24 @@ class Cache:
         view[index], scale[0][index] = codes, scales
         return codes * scales.unsqueeze(-1)
 
-    def slots(self, i: int, start: int, end: int) -> torch.Tensor:
-        at = torch.arange(start, end, device=self.kv.k.device)
-        return self.tables[i][at // self.block_size] * self.block_size + at % self.block_size
-
     def spans(self, parts: Sequence[tuple[int, int, int]]) -> Spans:
         """A step's rows: (context, start, number of rows) each."""
         return make_spans([(self.tables[i], start, num_rows) for i, start, num_rows in parts])
 
-    def shuffled(self, rng: torch.Generator) -> Cache:
+    def moved(self, rng: torch.Generator, block_size: int) -> Cache:
         """The same contexts in other blocks."""
-        other = object.__new__(Cache)
-        num_blocks = self.kv.k.shape[0]
-        order = torch.randperm(num_blocks, generator=rng, device=rng.device)
-        other.block_size, other.k, other.v = self.block_size, self.k, self.v
-        other.kv = PagedKV(*(None if x is None else x[order.argsort()] for x in self.kv))  # type: ignore[arg-type]
-        other.tables = [order[table] for table in self.tables]
+        lens, num_kv_heads, head_size = [len(k) for k in self.k], self.kv.v.shape[1], self.kv.v.shape[3]
+        other = Cache(lens, num_kv_heads, head_size, rng, block_size=block_size, dtype=self.kv.k.dtype)
+        other.k, other.v = self.k, self.v
+        for i, length in enumerate(lens):
+            for new, old in zip(token_views(other.kv), token_views(self.kv), strict=True):
+                new[other.places(i, length)] = old[self.places(i, length)]
         return other
+
+    def places(self, i: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block and offset of each position of context i, [length] each."""
+        at = torch.arange(length, device=self.kv.k.device)
+        return self.tables[i][at // self.block_size], at % self.block_size
 
 
 def make_spans(parts: Sequence[tuple[torch.Tensor, int, int]]) -> Spans:

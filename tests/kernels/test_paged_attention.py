@@ -33,6 +33,13 @@ def run(cache: Cache, q: torch.Tensor, parts: list[tuple[int, int, int]], **opti
     return paged_attention(q, cache.kv, cache.spans(parts), **{"scale": q.shape[2] ** -0.5, **options})
 
 
+@pytest.fixture(params=["chosen", "reference"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine chooses, and what runs where there is no compiler."""
+    if request.param == "reference":
+        monkeypatch.setattr("kernels.paged_attention.native_attention", lambda *_: None)
+
+
 def expected(cache: Cache, q: torch.Tensor, parts: list[tuple[int, int, int]], **options: Any) -> torch.Tensor:
     rows = [(i, start + n) for i, start, num_rows in parts for n in range(num_rows)]
     return torch.stack(
@@ -62,6 +69,13 @@ def test_windows_caps_and_sinks(options: dict[str, Any], rng: torch.Generator) -
         options = {**options, "sinks": torch.randn(6, generator=rng, device=rng.device)}
     actual = run(cache, q, STEP, **options)
     torch.testing.assert_close(actual, expected(cache, q, STEP, **options), rtol=1e-5, atol=1e-5)
+
+
+def test_long_contexts(rng: torch.Generator) -> None:
+    parts = [(0, 2699, 1), (1, 1020, 9)]
+    cache = Cache([2700, 1029], 1, 32, rng, block_size=16)
+    q = torch.randn(10, 4, 32, generator=rng, device=rng.device)
+    torch.testing.assert_close(run(cache, q, parts), expected(cache, q, parts), rtol=1e-5, atol=1e-5)
 
 
 def test_spans_may_be_gathered_in_pieces(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from kernels.kv_write import quantize_rows
 from kernels.paged_kv import empty_kv, token_views
 from kernels.qkv import qkv_rope_write_
+from kernels.quantize import quantize_rows
 
 EPS = 1e-5
 SLOTS = [11, 0, 4, 3, 10]

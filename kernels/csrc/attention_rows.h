@@ -1,0 +1,197 @@
+// The running softmax of the rows that one thread works on (Milakov & Gimelshein, 2018; Dao et al., 2022).
+//
+// Positions come in chunks that begin at multiples of CHUNK. A chunk in which a row sees nothing leaves the row as it
+// is, and position p always adds to lane p % 16 of the row's sum: so a row's bits depend on what it sees, and not on
+// the rows beside it nor on where its prompt was cut.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "attention_tile.h"
+
+constexpr int CHUNK = 64, BLOCKS = CHUNK / LANES;  // positions of a chunk, and its blocks of 16
+constexpr int MAX_ROWS = 64;                       // of a tile: its query heads times its tokens
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+
+// Positions [first, end) as floats.
+struct Chunk {
+    Chunk(int64_t start, int64_t end, int64_t key_rows, int64_t value_rows)
+        : first(start), num_blocks(static_cast<int>((end - start + LANES - 1) / LANES)), key_stride(key_rows), value_stride(value_rows) {}
+
+    int64_t first;
+    int num_blocks;
+    int64_t key_stride, value_stride;
+    const float* keys[BLOCKS];    // [D, 16] each, `key_stride` between rows
+    const float* values[BLOCKS];  // [16, Dv] each, `value_stride` between rows
+    const float* keys_ahead[BLOCKS];    // of the next chunk, or the same again
+    const float* values_ahead[BLOCKS];
+};
+
+struct Options {
+    float scale = 1;
+    float softcap = 0;     // 0: none
+    int64_t window = 0;    // 0: none
+    const float* sinks = nullptr;  // [H]
+};
+
+inline int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
+class Rows {
+  public:
+    int num_rows = 0;
+    int64_t at[MAX_ROWS];  // position of each row, ascending
+    int64_t places[MAX_ROWS];  // index of each row in the step's [T, H]
+
+    // Room for other rows; nothing is allocated where there were as many before.
+    void open(int count, int64_t size, int64_t value_size, const Options& options) {
+        num_rows = count;
+        size_ = size;
+        width_ = padded(value_size);
+        options_ = options;
+        q_.resize(index(count, size_));
+        sums_.resize(index(count, LANES));
+        out_.resize(index(count, width_));
+    }
+
+    // Row r is query `q` [D] of `head`, at `position`; its result goes to `place`.
+    void set(int r, int64_t place, const float* q, int head, int64_t position) {
+        for (int64_t d = 0; d < size_; ++d) q_[static_cast<size_t>(r * size_ + d)] = q[d] * options_.scale;
+        heads_[r] = head;
+        places[r] = place;
+        at[r] = position;
+    }
+
+    int64_t first_seen(int r) const { return options_.window > 0 ? std::max<int64_t>(0, at[r] - options_.window + 1) : 0; }
+
+    void clear() {
+        std::fill_n(most_, num_rows, NOTHING);
+        std::fill_n(sums_.begin(), num_rows * LANES, 0.0f);
+        std::fill_n(out_.begin(), num_rows * width_, 0.0f);
+    }
+
+    // Adds what the rows see of a chunk.
+    void see(const Chunk& chunk) {
+        for (int r = 0; r < num_rows; r += ROWS_AT_ONCE) {
+            const int count = std::min(ROWS_AT_ONCE, num_rows - r);
+            const int64_t last = at[r + count - 1] - chunk.first;  // what lies beyond may be anything
+            if (last < 0 || first_seen(r) >= chunk.first + LANES * chunk.num_blocks) continue;
+            with_rows(count, [&]<int ROWS>() { see_rows<ROWS>(r, chunk, std::min<int64_t>(last + 1, LANES * chunk.num_blocks)); });
+        }
+    }
+
+    // Adds what `part`, the same rows over later positions, has seen.
+    void merge(const Rows& part) {
+        for (int r = 0; r < num_rows; ++r) {
+            if (part.most_[r] == NOTHING) continue;
+            const float most = std::max(most_[r], part.most_[r]);
+            const vf ours = exp(set1(most_[r] - most)), theirs = exp(set1(part.most_[r] - most));
+            most_[r] = most;
+            combine(&sums_[index(r, LANES)], &part.sums_[index(r, LANES)], LANES, ours, theirs);
+            combine(&out_[index(r, width_)], &part.out_[index(r, width_)], width_, ours, theirs);
+        }
+    }
+
+    // The attention of row r, [Dv].
+    void finish(int r, float* out, int64_t value_size) const {
+        float sum = sum_lanes(load(&sums_[index(r, LANES)])), most = most_[r], factor = 1;
+        if (options_.sinks != nullptr) {
+            const float sink = options_.sinks[heads_[r]];
+            most = std::max(most, sink);
+            factor = exp1(most_[r] - most);
+            sum = sum * factor + exp1(sink - most);
+        }
+        const vf share = set1(factor / sum);
+        const float* row = &out_[index(r, width_)];
+        for (int64_t d = 0; d < value_size; d += LANES) {
+            const vf x = fma(load(row + d), share, zero());  // + 0: no row ends with a zero of the other sign
+            if (d + LANES <= value_size) store(out + d, x);
+            else store_first(out + d, x, static_cast<int>(value_size - d));
+        }
+    }
+
+  private:
+    static size_t index(int r, int64_t width) { return static_cast<size_t>(r * width); }
+    static float exp1(float x) {
+        alignas(64) float lanes[LANES];
+        store(lanes, exp(set1(x)));
+        return lanes[0];
+    }
+    static void combine(float* ours, const float* theirs, int64_t count, vf our_factor, vf their_factor) {
+        for (int64_t i = 0; i < count; i += LANES)
+            store(ours + i, fma(load(theirs + i), their_factor, mul(load(ours + i), our_factor)));
+    }
+
+    // `count` positions of the chunk are written, as far as the last of the rows sees.
+    template <int ROWS>
+    void see_rows(int r, const Chunk& chunk, int64_t count) {
+        alignas(64) float logits[ROWS * CHUNK];
+        float factors[ROWS];
+        const int num_blocks = static_cast<int>((count + LANES - 1) / LANES);
+        constexpr int N = ACCUMULATORS / ROWS >= 4 ? 4 : ACCUMULATORS / ROWS;
+        const float* q = &q_[index(r, size_)];
+        int b = 0;
+        for (; b + N <= num_blocks; b += N)
+            multiply_keys<ROWS, N>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
+        for (; b < num_blocks; ++b)
+            multiply_keys<ROWS, 1>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
+        for (int i = 0; i < ROWS; ++i) factors[i] = weigh(r + i, chunk.first, num_blocks, logits + i * CHUNK);
+        int64_t d = 0;
+        float* out = &out_[index(r, width_)];
+        for (; d + N * LANES <= width_; d += N * LANES)
+            multiply_values<ROWS, N>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
+        for (; d < width_; d += LANES)
+            multiply_values<ROWS, 1>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
+    }
+
+    // Turns a row's logits into weights, 0 where it sees nothing; returns the factor for what it saw before.
+    float weigh(int r, int64_t first, int num_blocks, float* logits) {
+        const bool all_seen = first_seen(r) <= first && at[r] >= first + num_blocks * LANES - 1;
+        vf most = set1(NOTHING);
+        for (int b = 0; b < num_blocks; ++b) {
+            vf x = capped(load(logits + b * LANES));
+            if (!all_seen) x = masked(x, first + b * LANES, r);
+            store(logits + b * LANES, x);
+            most = max(x, most);
+        }
+        const float now = std::max(max_lanes(most), most_[r]);
+        const vf shift = set1(now == NOTHING ? 0.0f : now);
+        vf sum = zero();
+        for (int b = 0; b < num_blocks; ++b) {
+            const vf weight = exp(sub(load(logits + b * LANES), shift));
+            store(logits + b * LANES, weight);
+            sum = add(sum, weight);
+        }
+        const vf factor = exp(sub(set1(most_[r]), shift));
+        float* sums = &sums_[index(r, LANES)];
+        store(sums, fma(load(sums), factor, sum));
+        most_[r] = now;
+        alignas(64) float lanes[LANES];
+        store(lanes, factor);
+        return lanes[0];
+    }
+
+    vf capped(vf x) const {
+        if (options_.softcap == 0) return x;
+        const vf cap = set1(options_.softcap), one = set1(1.0f), two = set1(2.0f);
+        const vf e = exp(mul(two, div(x, cap)));  // tanh y = 1 - 2 / (e^2y + 1)
+        return mul(cap, sub(one, div(two, add(e, one))));
+    }
+
+    vf masked(vf x, int64_t position, int r) const {
+        static const int32_t steps[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const vf positions = to_float(add(load(steps), set1(static_cast<int32_t>(position))));
+        x = select_greater(positions, set1(static_cast<float>(at[r])), set1(NOTHING), x);
+        return select_greater(set1(static_cast<float>(first_seen(r))), positions, set1(NOTHING), x);
+    }
+
+    int64_t size_ = 0, width_ = 0;
+    Options options_;
+    std::vector<float> q_;     // [R, D], times the scale
+    int heads_[MAX_ROWS];
+    float most_[MAX_ROWS];     // the largest logit so far
+    std::vector<float> sums_;  // [R, 16] of e^(logit - most)
+    std::vector<float> out_;   // [R, width] of e^(logit - most) V
+};

@@ -1,0 +1,90 @@
+"""Attention over the C++ kernels, as `csrc/attention.h` describes them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.native import function
+from kernels.paged_kv import LayerKV, PagedKV, PagedLatent, Spans
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+class Arguments(ctypes.Structure):
+    """`AttentionArguments` of csrc/attention.cpp."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("spans", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("num_spans", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("key_size", ctypes.c_int64),
+        ("value_size", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("window", ctypes.c_int64),
+        ("sinks", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("k_scale", ctypes.c_void_p),
+        ("v_scale", ctypes.c_void_p),
+        ("block_size", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+    )
+
+
+def native_attention(name: str, q: Tensor, kv: LayerKV) -> Callable[[object], object] | None:
+    """The kernel of that name, where it can work on these: float32 queries on CPU."""
+    if q.device.type != "cpu" or q.dtype is not torch.float32 or kv[0].dtype not in _TYPES:
+        return None
+    return function(name, "p")
+
+
+def attend(
+    run: Callable[[object], object],
+    q: Tensor,
+    kv: PagedKV,
+    spans: Spans,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`paged_attention` of kernels/paged_attention.py; `run` is "penstock_attention"."""
+    num_kv_heads, block_size, value_size = kv.v.shape[1:]
+    q, out = q.contiguous(), torch.empty((q.shape[0], q.shape[1] * value_size))
+    arguments = Arguments(
+        *(q.data_ptr(), out.data_ptr(), spans.table.data_ptr(), spans.blocks.data_ptr()),
+        *(spans.table.shape[0], q.shape[1], num_kv_heads, q.shape[2], value_size),
+        *(scale, softcap or 0, window or 0, _address(sinks)),
+        *(kv.k.data_ptr(), kv.v.data_ptr(), _address(kv.k_scale), _address(kv.v_scale)),
+        *(block_size, _TYPES[kv.k.dtype]),
+    )
+    run(ctypes.addressof(arguments))
+    return out
+
+
+def attend_to_latents(
+    run: Callable[[object], object], q: Tensor, kv: PagedLatent, spans: Spans, value_size: int, scale: float
+) -> Tensor:
+    """`mla_attention` of kernels/mla_attention.py; `run` is "penstock_latent_attention"."""
+    q, out = q.contiguous(), torch.empty((*q.shape[:2], value_size))
+    arguments = Arguments(
+        *(q.data_ptr(), out.data_ptr(), spans.table.data_ptr(), spans.blocks.data_ptr()),
+        *(spans.table.shape[0], q.shape[1], 1, q.shape[2], value_size),
+        *(scale, 0, 0, None, kv.latent.data_ptr(), None, None, None),
+        *(kv.latent.shape[1], _TYPES[kv.latent.dtype]),
+    )
+    run(ctypes.addressof(arguments))
+    return out
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
