@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.activation import Activation
 from kernels.linear import GatedLinear, Linear, make_gated_linear, make_linear
+from kernels.memory import Arena
 from kernels.native import native_function
 from kernels.native_linear import NativeLinear, WeightPart
 from kernels.quantize import Precision
@@ -45,12 +46,14 @@ def make_experts(
 ) -> Experts:
     """One element of each sequence an expert: gate and up [I, C] with biases [I], down [C, I] with bias [C]."""
     none: Sequence[None] = [None] * len(gate)
+    allocate = Arena()
     gate_ups = [
-        make_gated_linear(g, u, gb, ub, precision, activation, group_size=group_size)
+        make_gated_linear(g, u, gb, ub, precision, activation, group_size=group_size, allocate=allocate)
         for g, u, gb, ub in zip(gate, up, gate_bias or none, up_bias or none, strict=True)
     ]
     downs = [
-        make_linear([d], b, precision, group_size=group_size) for d, b in zip(down, down_bias or none, strict=True)
+        make_linear([d], b, precision, group_size=group_size, allocate=allocate)
+        for d, b in zip(down, down_bias or none, strict=True)
     ]
     if all(isinstance(layer, NativeLinear) for layer in (*gate_ups, *downs)):
         return NativeExperts(cast("list[NativeLinear]", gate_ups), cast("list[NativeLinear]", downs))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.activation import Activation, gated_activation
+from kernels.memory import Allocate, zeros
 from kernels.native import library
 from kernels.native_linear import WeightPart, pack_gated_linear, pack_linear
 from kernels.quantize import Precision, QuantizedWeight, quantize_rows, quantize_weight
@@ -48,14 +49,20 @@ class GatedLinear(Protocol):
 
 
 def make_linear(
-    parts: Sequence[WeightPart], bias: Tensor | None, precision: Precision, *, group_size: int = 128
+    parts: Sequence[WeightPart],
+    bias: Tensor | None,
+    precision: Precision,
+    *,
+    group_size: int = 128,
+    allocate: Allocate = zeros,
 ) -> Linear:
-    """A layer whose rows are those of `parts`, one after the other. Floats are rounded to `precision` here.
+    """A layer whose rows are those of `parts`, one after the other. Floats are rounded to `precision` here;
+    packed weights lie where `allocate` says.
 
     Parts that are codes already stay as they are, whatever `precision` says: all of a layer's or none.
     """
     if library() is not None and _is_on_cpu(parts[0]):
-        return pack_linear(parts, bias, precision, group_size)
+        return pack_linear(parts, bias, precision, group_size, allocate)
     return TorchLinear(make_weight(parts, precision, group_size), bias)
 
 
@@ -68,9 +75,10 @@ def make_gated_linear(
     activation: Activation,
     *,
     group_size: int = 128,
+    allocate: Allocate = zeros,
 ) -> GatedLinear:
     if library() is not None and _is_on_cpu(gate):
-        return pack_gated_linear(gate, up, gate_bias, up_bias, precision, activation, group_size)
+        return pack_gated_linear(gate, up, gate_bias, up_bias, precision, activation, group_size, allocate)
     bias = None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
     return TorchGatedLinear(TorchLinear(make_weight([gate, up], precision, group_size), bias), activation)
 

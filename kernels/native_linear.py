@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.activation import Activation
+from kernels.memory import Allocate
 from kernels.native import native_function
 from kernels.quantize import Precision, QuantizedWeight, quantize_weight
 
@@ -44,13 +45,13 @@ class Weights(ctypes.Structure):
 class PackedWeight:
     """A weight in panels: `struct` is what the kernels read, and points into tensors that live as long as this."""
 
-    def __init__(self, kind: str, n: int, k: int, group_size: int, activation: str) -> None:
+    def __init__(self, kind: str, n: int, k: int, group_size: int, activation: str, allocate: Allocate) -> None:
         self.kind, self.gated = kind, activation != "none"
         self.struct = Weights(_KINDS[kind], _ACTIVATIONS[activation], n, k, group_size)
         self._num_panels = -(-n // (_LANES if self.gated else _PANEL))
         num_bytes = ctypes.c_int64()
         native_function("penstock_packed_bytes", "pp")(ctypes.addressof(self.struct), ctypes.addressof(num_bytes))
-        self._data = torch.zeros(num_bytes.value, dtype=torch.uint8)
+        self._data = allocate(num_bytes.value)
         self.struct.data = self._data.data_ptr()
         shape = (self._num_panels, k // group_size if kind.startswith("codes") else 1, _PANEL)
         self._scales = torch.zeros(shape) if kind in ("int8", "codes4", "codes8") else None
@@ -135,10 +136,10 @@ class NativeLinear:
 
 
 def pack_linear(
-    parts: Sequence[WeightPart], bias: Tensor | None, precision: Precision, group_size: int
+    parts: Sequence[WeightPart], bias: Tensor | None, precision: Precision, group_size: int, allocate: Allocate
 ) -> NativeLinear:
     n = sum(num_rows for num_rows, _ in map(_shape, parts))
-    weight = _empty(parts[0], n, precision, group_size, "none")
+    weight = _empty(parts[0], n, precision, group_size, "none", allocate)
     first = 0
     for part in parts:
         weight.put(part, _PLAIN, first)
@@ -156,8 +157,9 @@ def pack_gated_linear(
     precision: Precision,
     activation: Activation,
     group_size: int,
+    allocate: Allocate,
 ) -> NativeLinear:
-    weight = _empty(gate, _shape(gate)[0], precision, group_size, activation)
+    weight = _empty(gate, _shape(gate)[0], precision, group_size, activation, allocate)
     for part, bias, place in ((gate, gate_bias, _GATE), (up, up_bias, _UP)):
         weight.put(part, place, 0)
         if bias is not None:
@@ -170,11 +172,13 @@ def _shape(part: WeightPart) -> tuple[int, int]:
     return num_rows, num_columns
 
 
-def _empty(part: WeightPart, n: int, precision: Precision, group_size: int, activation: str) -> PackedWeight:
+def _empty(
+    part: WeightPart, n: int, precision: Precision, group_size: int, activation: str, allocate: Allocate
+) -> PackedWeight:
     """Room for a layer like `part`: codes stay as they are, floats are stored as `precision` says."""
     k = _shape(part)[1]
     if isinstance(part, Tensor) and precision in _FLOATS:
-        return PackedWeight(precision, n, k, k, activation)
+        return PackedWeight(precision, n, k, k, activation, allocate)
     first = (
         part
         if isinstance(part, QuantizedWeight)
@@ -183,4 +187,4 @@ def _empty(part: WeightPart, n: int, precision: Precision, group_size: int, acti
     whole_rows = first.num_bits == 8 and first.group_size == k and first.zeros is None
     packs_in_pairs = first.num_bits == 4 and first.group_size % 2 == 0
     kind = "int8" if whole_rows else "codes4" if packs_in_pairs else "codes8"
-    return PackedWeight(kind, n, k, first.group_size, activation)
+    return PackedWeight(kind, n, k, first.group_size, activation, allocate)
