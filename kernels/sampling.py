@@ -6,7 +6,6 @@ float32 operations: CPU, GPU and the C++ kernel draw the same token from the sam
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import philox
-from kernels.native import library
+from kernels.native import function
 
 ROW = np.dtype(
     [
@@ -72,20 +71,12 @@ def sample_rows(
     logits: [R, V] float32, contiguous, may be changed; rows: [R] of `ROW`; history: [N]; masks: [M, ceil(V / 32)], bit
     i of word j allows token 32 j + i. Of equal logits the lower token id is the better.
     """
-    native = library() if logits.device.type == "cpu" else None
-    if native is None:
+    run = function("penstock_sample", "pqqpppp")
+    if run is None or logits.device.type != "cpu":
         return _sample_rows(logits, rows, history, masks)
-    num_rows, vocab_size = logits.shape
-    tokens = np.empty(num_rows, np.int64)
-    native.penstock_sample(
-        ctypes.c_void_p(logits.data_ptr()),
-        ctypes.c_int64(num_rows),
-        ctypes.c_int64(vocab_size),
-        _pointer(rows),
-        _pointer(history),
-        _pointer(masks),
-        _pointer(tokens),
-    )
+    tokens = np.empty(len(rows), np.int64)
+    addresses = (rows.ctypes.data, history.ctypes.data, masks.ctypes.data, tokens.ctypes.data)
+    run(logits.data_ptr(), *logits.shape, *addresses)
     return [int(token) for token in tokens.tolist()]
 
 
@@ -96,27 +87,15 @@ def token_logprobs(
 
     logits: [R, V] float32, contiguous. The rank of the best token is 1.
     """
-    native = library() if logits.device.type == "cpu" else None
-    if native is None:
+    run = function("penstock_logprobs", "pqqpqppp")
+    if run is None or logits.device.type != "cpu":
         return _token_logprobs(logits, token_ids, num_top)
-    num_rows, vocab_size = logits.shape
-    tokens, ranks = np.array(token_ids, np.int64), np.empty(num_rows, np.int64)
-    values, ids = np.empty((num_rows, 1 + num_top), np.float32), np.empty((num_rows, 1 + num_top), np.int64)
-    native.penstock_logprobs(
-        ctypes.c_void_p(logits.data_ptr()),
-        ctypes.c_int64(num_rows),
-        ctypes.c_int64(vocab_size),
-        _pointer(tokens),
-        ctypes.c_int64(num_top),
-        _pointer(values),
-        _pointer(ids),
-        _pointer(ranks),
-    )
+    shape = len(token_ids), 1 + num_top
+    tokens, ranks = np.array(token_ids, np.int64), np.empty(len(token_ids), np.int64)
+    values, ids = np.empty(shape, np.float32), np.empty(shape, np.int64)
+    addresses = (values.ctypes.data, ids.ctypes.data, ranks.ctypes.data)
+    run(logits.data_ptr(), *logits.shape, tokens.ctypes.data, num_top, *addresses)
     return values.tolist(), ids.tolist(), ranks.tolist()
-
-
-def _pointer(array: npt.NDArray[np.generic]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
 
 
 # ---- the reference
@@ -214,7 +193,8 @@ def keep_best_(weights: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int) ->
 
 def _keep_first_(weights: Tensor, best: Tensor, num_kept: Tensor) -> Tensor:
     """Keep the `num_kept` [B, 1] best tokens of each row. best: [B, W] int64, the largest weights, in order."""
-    worst = best.gather(1, num_kept.minimum((best > 0).sum(dim=-1, keepdim=True)) - 1)
+    last = num_kept.minimum((best > 0).sum(dim=-1, keepdim=True)) - 1
+    worst = best.gather(1, last.clamp_(min=0))  # a row without weight keeps nothing anyway
     num_ties_kept = num_kept - (best > worst).sum(dim=-1, keepdim=True)
     ties = weights == worst
     dropped = (weights < worst) | (ties & (ties.cumsum(dim=-1) > num_ties_kept))
