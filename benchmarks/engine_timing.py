@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.rows import Row
 from core.kv_layout import KVLayout
 from core.sampling import SamplingParams
 from engine.config import EngineConfig
@@ -36,22 +37,6 @@ from kernels.checksum import checksum
 BLOCK_SIZE = 16
 GREEDY = SamplingParams(max_tokens=1, temperature=0)
 TINY = Path(__file__).parent.parent / "models" / "penstock-tiny"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    name: str
-    value: float
-    unit: str
-    peer: float | None
-    ratio: float | None
-    target: float
-    ok: bool
-
-    @classmethod
-    def of(cls, name: str, value: float, unit: str, target: float, peer: float | None = None) -> Row:
-        ratio = None if peer is None else value / peer
-        return cls(name, value, unit, peer, ratio, target, ok=(value if ratio is None else ratio) >= target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from benchmarks.engine_timing import Row
+from benchmarks.rows import Row
 from core.kv_layout import KVLayout
 from core.messages import Connect, PairUp
 from core.ticket import Ticket

@@ -81,7 +81,10 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Load a running cluster with random prompts and report latencies and throughput."""
+    """Load a running cluster with random prompts and report latencies and throughput.
+
+    `penstock bench engine` needs no cluster: it measures the engine beside its peers on this machine.
+    """
 
     target: str = DEFAULT_TARGET
     """host:port of the router's gRPC."""
@@ -95,6 +98,23 @@ class Bench:
     seed: int = 0
     timeout_s: float = 120.0
     json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BenchEngine:
+    """Measure the engine beside its peers on this machine, all with as many threads. See benchmarks/engine.py."""
+
+    quick: bool = False
+    """Within 50 s: one model, one short turn, no vLLM."""
+    models: tuple[str, ...] = ("llama-120m", "qwen3moe-300m")
+    """Folders of $PENSTOCK_PEERS/models; the embedded model where that is not set."""
+    rounds: int = 5
+    """At most; fewer where 20 minutes are over."""
+    threads: int = 2
+    output: Path | None = None
+    """A file for the results with all their samples."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
 
 
 Command = (
@@ -117,15 +137,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def parse(arguments: list[str]) -> Demo | Serve | Generate | Status | Bench:
+def parse(arguments: list[str]) -> Demo | Serve | Generate | Status | Bench | BenchEngine:
     """The command with its values; exits with usage where flags are wrong. Raises ConfigError."""
+    if arguments[:2] == ["bench", "engine"]:
+        return tyro.cli(BenchEngine, args=arguments[2:], prog="penstock bench engine")
     if arguments[:1] == ["serve"] and (config := _config_flag(arguments)):
         default = Serve(load_config(config), config=config)
         return tyro.cli(Serve, args=arguments[1:], default=default, prog="penstock serve")
     return tyro.cli(Command, args=arguments, prog="penstock")
 
 
-def run(command: Demo | Serve | Generate | Status | Bench) -> int:
+def run(command: Demo | Serve | Generate | Status | Bench | BenchEngine) -> int:
     """Import what the command needs and nothing else: `status` loads neither Ray nor torch."""
     match command:
         case Demo():
@@ -136,6 +158,19 @@ def run(command: Demo | Serve | Generate | Status | Bench) -> int:
             from cluster.serve import serve
 
             return serve(command)
+        case BenchEngine():
+            from benchmarks import engine
+
+            return engine.command(
+                engine.Options.of(
+                    models=command.models,
+                    num_rounds=command.rounds,
+                    num_threads=command.threads,
+                    quick=command.quick,
+                ),
+                command.output,
+                as_json=command.json,
+            )
         case _:
             from cluster import remote
 

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.cli import EMBEDDED_MODEL, Bench, Demo, Generate, Serve, Status, main, parse
+from cluster.cli import EMBEDDED_MODEL, Bench, BenchEngine, Demo, Generate, Serve, Status, main, parse
 from cluster.config import ClusterConfig, PoolConfig
 from core.errors import ConfigError
 from engine.config import EngineConfig
@@ -90,8 +90,9 @@ def test_a_model_of_the_flags_wins_too(tmp_path: Path) -> None:
         (["generate", "hi", "--top-p", "0.5", "--stop", "a", "b"], Generate("hi", top_p=0.5, stop=("a", "b"))),
         (["status", "--target", "h:1"], Status("h:1")),
         (["bench", "--rate", "2.5", "--num-requests", "3"], Bench(rate=2.5, num_requests=3)),
+        (["bench", "engine", "--quick", "--models", "a", "b"], BenchEngine(quick=True, models=("a", "b"))),
     ],
-    ids=["demo", "demo with flags", "generate", "status", "bench"],
+    ids=["demo", "demo with flags", "generate", "status", "bench", "bench engine"],
 )
 def test_every_command_has_its_flags(arguments: list[str], command: object) -> None:
     assert parse(arguments) == command

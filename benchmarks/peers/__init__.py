@@ -1,0 +1,1 @@
+"""The engines of the benchmark, each in a process of its own."""
