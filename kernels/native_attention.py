@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.native import function
 from kernels.paged_kv import LayerKV, PagedKV, PagedLatent, Spans
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 class Arguments(ctypes.Structure):
@@ -42,7 +42,7 @@ class Arguments(ctypes.Structure):
 
 def native_attention(name: str, q: Tensor, kv: LayerKV) -> Callable[[object], object] | None:
     """The kernel of that name, where it can work on these: float32 queries on CPU."""
-    if q.device.type != "cpu" or q.dtype is not torch.float32 or kv[0].dtype not in _TYPES:
+    if q.device.type != "cpu" or q.dtype is not torch.float32 or kv[0].dtype not in KV_TYPES:
         return None
     return function(name, "p")
 
@@ -63,9 +63,9 @@ def attend(
     arguments = Arguments(
         *(q.data_ptr(), out.data_ptr(), spans.table.data_ptr(), spans.blocks.data_ptr()),
         *(spans.table.shape[0], q.shape[1], num_kv_heads, q.shape[2], value_size),
-        *(scale, softcap or 0, window or 0, _address(sinks)),
-        *(kv.k.data_ptr(), kv.v.data_ptr(), _address(kv.k_scale), _address(kv.v_scale)),
-        *(block_size, _TYPES[kv.k.dtype]),
+        *(scale, softcap or 0, window or 0, address(sinks)),
+        *(kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale), address(kv.v_scale)),
+        *(block_size, KV_TYPES[kv.k.dtype]),
     )
     run(ctypes.addressof(arguments))
     return out
@@ -80,11 +80,11 @@ def attend_to_latents(
         *(q.data_ptr(), out.data_ptr(), spans.table.data_ptr(), spans.blocks.data_ptr()),
         *(spans.table.shape[0], q.shape[1], 1, q.shape[2], value_size),
         *(scale, 0, 0, None, kv.latent.data_ptr(), None, None, None),
-        *(kv.latent.shape[1], _TYPES[kv.latent.dtype]),
+        *(kv.latent.shape[1], KV_TYPES[kv.latent.dtype]),
     )
     run(ctypes.addressof(arguments))
     return out
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

@@ -7,33 +7,7 @@
 #include <type_traits>
 
 #include "attention_rows.h"
-
-// How an element is stored: as sixteen floats at a time, and one.
-struct F32 {
-    using Item = float;
-    static vf load16(const Item* p) { return load(p); }
-    static float load1(const Item* p) { return *p; }
-};
-struct BF16 {
-    using Item = uint16_t;
-    static vf load16(const Item* p) { return load_bf16(p); }
-    static float load1(const Item* p) {
-        const uint32_t bits = uint32_t{*p} << 16;
-        float x;
-        std::memcpy(&x, &bits, sizeof x);
-        return x;
-    }
-};
-struct F16 {
-    using Item = uint16_t;
-    static vf load16(const Item* p) { return load_f16(p); }
-    static float load1(const Item* p) { return _cvtsh_ss(*p); }
-};
-struct I8 {
-    using Item = int8_t;
-    static vf load16(const Item* p) { return load_i8(p); }
-    static float load1(const Item* p) { return *p; }
-};
+#include "kv_types.h"
 
 // One row of `size` elements, as floats and times `scale`.
 template <class T>

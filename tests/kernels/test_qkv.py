@@ -14,6 +14,13 @@ SLOTS = [11, 0, 4, 3, 10]
 POSITIONS = [0, 5, 900, 3, 70]
 
 
+@pytest.fixture(params=["chosen", "reference"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine chooses, and what runs where there is no compiler."""
+    if request.param == "reference":
+        monkeypatch.setattr("kernels.qkv.function", lambda *_: None)
+
+
 def normed(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """x: [T, N, D], in float64."""
     if weight is None:
@@ -35,6 +42,7 @@ def rotated(x: torch.Tensor, frequencies: list[float]) -> torch.Tensor:
     return out
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("norm", ["none", "head", "full"])
 @pytest.mark.parametrize(
