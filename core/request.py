@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from core.errors import IntegrityError
+from core.logprobs import TokenLogprobs
 from core.sampling import SamplingParams
 
 
@@ -50,7 +51,8 @@ class Request:
     `num_prompt_tokens` says where the client's own prompt ended. `output_token_ids` are those drawn since.
     `num_computed_tokens` counts the positions whose K and V are in the cache; `num_cached_tokens` those that were there
     when it first got blocks. `cache_salt` keeps it from sharing cached prefixes with requests that have another;
-    `block_hashes` names its first full blocks, as far as somebody wanted to know.
+    `block_hashes` names its first full blocks, as far as somebody wanted to know. `prompt_logprobs` are those of the
+    prompt's tokens from the second on, where they are asked for.
     """
 
     request_id: str
@@ -64,6 +66,7 @@ class Request:
     cache_salt: str = ""
     num_cached_tokens: int | None = None
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     _packed: array[int] = field(default_factory=lambda: array("i"), repr=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +99,12 @@ class Request:
         """Tokens of prompt and output together, as int32. Kept from call to call, so only what is new is packed."""
         self._packed.extend(self.token_ids(len(self._packed), self.num_tokens))
         return self._packed.tobytes()
+
+    def prompt_targets(self, start: int, end: int) -> tuple[int, ...]:
+        """The prompt's tokens at positions [start + 1, end], where their log-probabilities are still to be told."""
+        if self.sampling.prompt_logprobs is None or self.output_token_ids:
+            return ()
+        return tuple(self.prompt_token_ids[start + 1 : end + 1])
 
     def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
         """Take a drawn token; returns (and keeps) the reason if it ends the request."""

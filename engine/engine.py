@@ -15,6 +15,7 @@ from core.kv_layout import KVLayout
 from engine.block_pool import BlockPool
 from engine.checkpoint import Checkpoint
 from engine.config import PRECISIONS, EngineConfig
+from engine.grammar import GrammarMasks
 from engine.kv_storage import KVStorage
 from engine.memory import num_blocks_that_fit
 from engine.model import Model
@@ -79,7 +80,9 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
         )
-        return cls(model_config, layout, pool, scheduler, Runner(model, storage), storage, max_model_len)
+        grammars = GrammarMasks.from_checkpoint(Path(path), model_config.vocab_size, model_config.eos_token_ids)
+        runner = Runner(model, storage, grammars)
+        return cls(model_config, layout, pool, scheduler, runner, storage, max_model_len)
 
     def step(self, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
         """Schedule, run, and update once. Empty where there is nothing to do, or no prompt came to its end."""

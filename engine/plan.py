@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from core.logprobs import TokenLogprobs
 from core.request import FinishReason, Request
@@ -30,6 +30,10 @@ class PlanEntry:
     num_drafts: int = 0
     history: bytes = b""
     """All tokens of the request but the drafts, as int32, where `sampling` looks back at them."""
+    prompt_targets: tuple[int, ...] = ()
+    """The prompt's tokens at positions `start + 1` on whose log-probabilities are asked for, and `num_prompt_top` best
+    in the place of each."""
+    num_prompt_top: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -58,17 +62,22 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a step drew for one entry: one token, or several where drafts were right. `logprobs`: one each, if asked."""
+    """What a step drew for one entry: one token, or several where drafts were right. `logprobs`: one each, if asked.
+
+    `failure` says why nothing could be drawn for this one request.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Tokens drawn by a step, by request id: for each entry with `sampling`."""
+    """Tokens drawn by a step, by request id: for each entry with `sampling`. Log-probabilities of `prompt_targets`."""
 
     drawn: dict[str, Drawn]
+    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

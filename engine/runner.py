@@ -5,24 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
+from core.logprobs import TokenLogprobs
+from engine.grammar import GrammarMasks, PendingMasks
 from engine.kv_storage import KVStorage
 from engine.model import Model
-from engine.plan import Plan, StepResult
-from engine.sampler import sample
-from engine.step_inputs import build_step_inputs
+from engine.plan import Drawn, Plan, StepResult
+from engine.sampler import sample, token_logprobs
+from engine.step_inputs import StepInputs, build_step_inputs
+
+MAX_SCORED_ROWS = 64
+"""Rows of logits that are made at once for the log-probabilities of prompts."""
 
 
 class Runner:
-    """Computes one plan at a time. It writes the blocks that a plan's entries name and keeps nothing between steps."""
+    """Computes one plan at a time. It writes the blocks that a plan's entries name.
 
-    def __init__(self, model: Model, storage: KVStorage) -> None:
+    What a step gives depends on the plan and the cache alone. `mask_wait_s` is the time that steps have waited for the
+    masks of grammars after the model was done.
+    """
+
+    def __init__(self, model: Model, storage: KVStorage, grammars: GrammarMasks | None = None) -> None:
         self._model = model
         self._storage = storage
+        self._grammars = grammars
+        self.mask_wait_s = 0.0
 
     @torch.inference_mode()
     def run(self, plan: Plan, on_layer: Callable[[int], None] | None = None) -> StepResult:
-        """Compute the plan and draw a token for each entry with `sampling`.
+        """Compute the plan and draw tokens for each entry with `sampling`.
 
         `on_layer(l)` is called in the middle of the step, on this thread, as soon as K and V of layer l of the whole
         plan stand in the cache (on a GPU: are ordered on the current stream). Layers come in order. What it raises ends
@@ -30,13 +42,37 @@ class Runner:
         """
         if not plan:
             return StepResult({})
+        pending = self._begin_masks(plan)
         storage = self._storage
         inputs = build_step_inputs(plan, storage.layout.block_size, self._model.config.vocab_size, storage.device)
         hidden = self._model.forward(inputs, storage.layers, on_layer or _ignore)
+        prompt_logprobs = self._score(hidden, inputs)
         if not inputs.sampled:
-            return StepResult({})
+            return StepResult({}, prompt_logprobs)
         logits = self._model.logits(hidden.index_select(0, inputs.sampled_rows))
-        return StepResult(sample(logits, inputs.sampled))
+        masks, failures = pending.get()
+        self.mask_wait_s += pending.wait_s
+        drawn = sample(logits, inputs.sampled, masks)
+        drawn.update((request_id, Drawn((), failure=failure)) for request_id, failure in failures.items())
+        return StepResult(drawn, prompt_logprobs)
+
+    def _begin_masks(self, plan: Plan) -> PendingMasks:
+        with_grammar = [entry for entry in plan.entries if entry.sampling is not None and entry.sampling.grammar]
+        if self._grammars is not None:
+            return self._grammars.begin(with_grammar)
+        return PendingMasks({}, {entry.request_id: "the model has no tokenizer.json" for entry in with_grammar})
+
+    def _score(self, hidden: Tensor, inputs: StepInputs) -> dict[str, tuple[TokenLogprobs, ...]]:
+        """Log-probabilities of the tokens of prompts, by request id."""
+        targets = [target for entry in inputs.scored for target in entry.prompt_targets]
+        nums = [entry.num_prompt_top for entry in inputs.scored for _ in entry.prompt_targets]
+        told: list[TokenLogprobs] = []
+        for start in range(0, len(targets), MAX_SCORED_ROWS):
+            chunk = slice(start, start + MAX_SCORED_ROWS)
+            logits = self._model.logits(hidden.index_select(0, inputs.scored_rows[chunk]))
+            told += token_logprobs(logits, targets[chunk], nums[chunk])
+        each = iter(told)
+        return {entry.request_id: tuple(next(each) for _ in entry.prompt_targets) for entry in inputs.scored}
 
 
 def _ignore(_layer: int) -> None:

@@ -1,106 +1,161 @@
-"""From logits to tokens, as the sampling parameters of each request say."""
+"""From logits to tokens and log-probabilities, as the sampling parameters of each request say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from core.errors import IntegrityError
+from core.logprobs import TokenLogprobs
 from core.sampling import SamplingParams
 from engine.plan import Drawn, PlanEntry
-from kernels import philox, sampling
+from kernels import sampling
+
+Mask = npt.NDArray[np.uint32]
+"""[ceil(V / 32)]: bit i of word j allows token 32 j + i."""
+Ints = npt.NDArray[np.int32]
 
 
-def sample(logits: Tensor, entries: Sequence[PlanEntry]) -> dict[str, Drawn]:
+def sample(
+    logits: Tensor, entries: Sequence[PlanEntry], masks: Mapping[str, Sequence[Mask]] | None = None
+) -> dict[str, Drawn]:
     """Draw the next tokens of each entry; every entry has `sampling`. By request id.
 
-    logits: [R, V] float32, may be changed: 1 + `num_drafts` rows of each entry, in order.
+    logits: [R, V] float32, may be changed: 1 + `num_drafts` rows of each entry, in order. masks: what the grammar of a
+    request allows, for each of its rows.
 
     A token depends on its row of logits, the parameters, the seed, its position and, where parameters look back, the
-    tokens before it: not on other rows, nor on the step. Of equal logits the lower token id counts as the better.
-    Greedy rows cost an argmax.
+    tokens before it: not on other rows, nor on the step. Of equal logits the lower token id counts as the better. Where
+    the parameters forbid every token, the request's first stop token is drawn, or 0. Log-probabilities are those of the
+    logits as they came.
     """
-    rows = [_Row(entry, _params(entry), offset) for entry in entries for offset in range(entry.num_drafts + 1)]
-    tokens = iter(_draw_rows(logits, rows))
-    return {entry.request_id: _accept(entry, [next(tokens) for _ in range(entry.num_drafts + 1)]) for entry in entries}
+    rows = [row for entry in entries for row in _rows(entry, (masks or {}).get(entry.request_id, ()))]
+    told = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    raw = logits[torch.tensor(told, device=logits.device)] if told else None
+    _forbid_and_bias_(logits, rows)
+    tokens = _draw(logits, rows)
+    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+    if raw is not None:
+        nums = [rows[i].params.logprobs or 0 for i in told]
+        for i, each in zip(told, token_logprobs(raw, [tokens[i] for i in told], nums), strict=True):
+            logprobs[i] = each
+    drawn, start = {}, 0
+    for entry in entries:
+        end = start + 1 + entry.num_drafts
+        drawn[entry.request_id] = _accept(entry, tokens[start:end], logprobs[start:end])
+        start = end
+    return drawn
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], nums_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Log-probabilities of one token a row, and of the best. logits: [R, V] float32; nums_top: how many best, [R]."""
+    num_top = min(max(nums_top), logits.shape[1])
+    values, ids, ranks = sampling.token_logprobs(logits.contiguous(), token_ids, num_top)
+    return [
+        TokenLogprobs(row_ids[0], row[0], rank, tuple(zip(row_ids[1 : 1 + num], row[1 : 1 + num], strict=True)))
+        for row_ids, row, rank, num in zip(ids, values, ranks, nums_top, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row of logits: what follows the first `offset` drafts of an entry."""
+    """One row of logits: what follows some of the drafts of an entry.
 
-    entry: PlanEntry
+    `position` is where the drawn token stands. `history` are all tokens before it, where the parameters look back.
+    """
+
     params: SamplingParams
-    offset: int
-
-    @property
-    def position(self) -> int:
-        """Where the drawn token stands."""
-        return self.entry.end - self.entry.num_drafts + self.offset
-
-    @property
-    def num_output_tokens(self) -> int:
-        return self.entry.num_output_tokens + self.offset
+    position: int
+    num_output_tokens: int
+    history: Ints
+    mask: Mask | None
 
 
-def _accept(entry: PlanEntry, drawn: list[int]) -> Drawn:
+def _rows(entry: PlanEntry, masks: Sequence[Mask]) -> list[_Row]:
+    params = entry.sampling
+    assert params is not None, f"{entry.request_id}: logits were computed for an entry that draws no token"
+    num_drafts = entry.num_drafts
+    history = np.frombuffer(entry.history, np.int32)
+    if params.looks_back and num_drafts:
+        history = np.concatenate((history, np.array(entry.token_ids[-num_drafts:], np.int32)))
+    first = len(history) - num_drafts if params.looks_back else 0
+    return [
+        _Row(
+            params,
+            entry.end - num_drafts + offset,
+            entry.num_output_tokens + offset,
+            history[: first + offset] if params.looks_back else history,
+            masks[offset] if masks else None,
+        )
+        for offset in range(num_drafts + 1)
+    ]
+
+
+def _accept(entry: PlanEntry, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> Drawn:
     """The draws that equal the drafts, up to the first that does not, and that one."""
     drafts = entry.token_ids[len(entry.token_ids) - entry.num_drafts :]
-    num_right = next((i for i, draft in enumerate(drafts) if drawn[i] != draft), len(drafts))
-    return Drawn(tuple(drawn[: num_right + 1]))
+    num_right = next((i for i, draft in enumerate(drafts) if tokens[i] != draft), len(drafts))
+    kept = tuple(each for each in logprobs[: num_right + 1] if each is not None)
+    return Drawn(tuple(tokens[: num_right + 1]), kept)
 
 
-def _draw_rows(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
-    params, positions = [row.params for row in rows], [row.position for row in rows]
-    _forbid_stop_tokens_(logits, rows)
-    random_rows = [i for i, p in enumerate(params) if not p.greedy]
-    if not random_rows:
-        return logits.argmax(dim=-1).tolist()
-    if len(random_rows) == len(rows):
-        return _draw(logits, params, positions).tolist()
-    token_ids = logits.argmax(dim=-1)
-    index = torch.tensor(random_rows, device=logits.device)
-    drawn = _draw(logits.index_select(0, index), [params[i] for i in random_rows], [positions[i] for i in random_rows])
-    token_ids[index] = drawn
-    return token_ids.tolist()
-
-
-def _params(entry: PlanEntry) -> SamplingParams:
-    assert entry.sampling is not None, f"{entry.request_id}: logits were computed for an entry that draws no token"
-    return entry.sampling
-
-
-def _forbid_stop_tokens_(logits: Tensor, rows: Sequence[_Row]) -> None:
-    """Take the stop tokens from requests that have drawn fewer than `min_tokens`."""
+def _forbid_and_bias_(logits: Tensor, rows: Sequence[_Row]) -> None:
+    """Stop tokens before `min_tokens`, ends of bad words, and the bias of single tokens."""
     vocab_size = logits.shape[1]
-    cells = [
-        (i, token_id)
-        for i, row in enumerate(rows)
-        if row.num_output_tokens < row.params.min_tokens
-        for token_id in row.params.stop_token_ids
-        if token_id < vocab_size
+    forbidden = [(i, t) for i, row in enumerate(rows) for t in _forbidden(row) if t < vocab_size]
+    if forbidden:
+        at, token_ids = torch.tensor(forbidden, device=logits.device).unbind(1)
+        logits[at, token_ids] = float("-inf")
+    biased = [(i, *bias) for i, row in enumerate(rows) for bias in row.params.logit_bias if bias[0] < vocab_size]
+    if biased:
+        at, token_ids = torch.tensor([cell[:2] for cell in biased], device=logits.device).unbind(1)
+        logits[at, token_ids] += torch.tensor([cell[2] for cell in biased], device=logits.device)
+
+
+def _forbidden(row: _Row) -> list[int]:
+    params = row.params
+    token_ids = list(params.stop_token_ids) if row.num_output_tokens < params.min_tokens else []
+    for *before, last in params.bad_words:
+        num = len(before)
+        if num <= len(row.history) and row.history[len(row.history) - num :].tolist() == before:
+            token_ids.append(last)
+    return token_ids
+
+
+def _draw(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
+    vocab_size = logits.shape[1]
+    masks = [mask for row in rows if (mask := _mask(row, vocab_size)) is not None]
+    past = [row.history for row in rows if row.params.penalizes]
+    mask_index, history_start, table = 0, 0, []
+    for row in rows:
+        p = row.params
+        has_mask, num = row.mask is not None or bool(p.allowed_token_ids), len(row.history) if p.penalizes else 0
+        penalties = p.repetition_penalty, p.frequency_penalty, p.presence_penalty
+        limits = p.top_p, p.top_k or vocab_size, sampling.min_weight(p.min_p)
+        span = history_start, history_start + num, max(num - row.num_output_tokens, 0)
+        table.append((p.temperature, *penalties, *limits, p.seed, row.position, *span, mask_index if has_mask else -1))
+        mask_index, history_start = mask_index + has_mask, history_start + num
+    history = np.concatenate([np.empty(0, np.int32), *past])
+    if len(history) and not 0 <= history.min() <= history.max() < vocab_size:
+        raise IntegrityError(f"a token id of the history is outside of the vocabulary, [0, {vocab_size})")
+    stacked = np.stack(masks) if masks else np.empty((0, 0), np.uint32)
+    tokens = sampling.sample_rows(logits.contiguous(), np.array(table, sampling.ROW), history, stacked)
+    return [
+        token if token != sampling.NOTHING else next(iter(row.params.stop_token_ids), 0)
+        for token, row in zip(tokens, rows, strict=True)
     ]
-    if cells:
-        rows_, token_ids = torch.tensor(cells, device=logits.device).unbind(1)
-        logits[rows_, token_ids] = float("-inf")
 
 
-def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
-    """logits: [B, V]; returns [B] int64."""
-    device, vocab_size = logits.device, logits.shape[1]
-    weights = sampling.token_weights(logits, torch.tensor([p.temperature for p in params], device=device))
-    top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-    top_p = [p.top_p for p in params]
-    filtered = [row for row in range(len(params)) if top_k[row] < vocab_size or top_p[row] < 1]
-    if filtered:
-        rows = torch.tensor(filtered, device=device)
-        weights[rows] = sampling.keep_best_(
-            weights.index_select(0, rows),
-            torch.tensor([top_k[row] for row in filtered], device=device),
-            torch.tensor([top_p[row] for row in filtered], dtype=torch.float64, device=device),
-            max_top_k=max((k for k in top_k if k < vocab_size), default=0),
-        )
-    uniforms = torch.from_numpy(philox.uniforms([p.seed for p in params], positions)).to(device)
-    return sampling.draw(weights, uniforms)
+def _mask(row: _Row, vocab_size: int) -> Mask | None:
+    """What the grammar and `allowed_token_ids` allow together."""
+    if not row.params.allowed_token_ids:
+        return row.mask
+    bits = np.zeros(32 * sampling.num_mask_words(vocab_size), np.bool_)
+    bits[[token_id for token_id in row.params.allowed_token_ids if token_id < vocab_size]] = True
+    allowed = np.packbits(bits, bitorder="little").view(np.uint32)
+    return allowed if row.mask is None else allowed & row.mask

@@ -147,13 +147,20 @@ class Scheduler:
         return self._plan
 
     def update(self, plan: Plan, result: StepResult) -> list[StepOutput]:
-        """End the step: `plan` was computed and drew `result`. Requests released meanwhile are passed over."""
+        """End the step: `plan` was computed and drew `result`. Requests released meanwhile are passed over.
+
+        Those whose draw failed are released, and have no output.
+        """
         outputs: list[StepOutput] = []
         for entry, request in self._end_step(plan):
+            if entry.prompt_targets:
+                request.prompt_logprobs[entry.start :] = result.prompt_logprobs[entry.request_id]
             if entry.sampling is None:
                 self._computed(request, entry.end)
+            elif (drawn := result.drawn[entry.request_id]).failure:
+                self._finish(request)
             else:
-                outputs.append(self._take(request, result.drawn[entry.request_id], entry.end - entry.num_drafts))
+                outputs.append(self._take(request, drawn, entry.end - entry.num_drafts))
         return outputs
 
     def abandon(self, plan: Plan) -> list[Request]:
@@ -304,6 +311,8 @@ class Scheduler:
             sampling=request.sampling if end == known else None,
             num_output_tokens=known - request.num_prompt_tokens,
             history=request.packed_token_ids() if end == known and request.sampling.looks_back else b"",
+            prompt_targets=request.prompt_targets(start, end),
+            num_prompt_top=request.sampling.prompt_logprobs or 0,
         )
 
     def _end_step(self, plan: Plan) -> list[tuple[PlanEntry, Request]]:

@@ -34,6 +34,10 @@ class StepInputs:
     """The entries that draw a token."""
     sampled_rows: Tensor
     """[S] int64: the rows they draw from, 1 + `num_drafts` of each."""
+    scored: tuple[PlanEntry, ...]
+    """The entries that ask for log-probabilities of their prompt's tokens."""
+    scored_rows: Tensor
+    """[N] int64: the rows that tell them, one for each of `prompt_targets`."""
 
 
 def build_step_inputs(plan: Plan, block_size: int, vocab_size: int, device: torch.device) -> StepInputs:
@@ -50,18 +54,26 @@ def build_step_inputs(plan: Plan, block_size: int, vocab_size: int, device: torc
     own_blocks = blocks[np.repeat(offsets, num_rows) + positions // block_size].astype(np.int64)
     slots = own_blocks * block_size + positions % block_size
     sampled_rows = _sampled_rows(entries, row_starts + num_rows)
-    wide = _to_device(np.concatenate((token_ids, positions, slots, sampled_rows)), device)
+    scored_rows = _scored_rows(entries, row_starts)
+    wide = _to_device(np.concatenate((token_ids, positions, slots, sampled_rows, scored_rows)), device)
     table = np.stack((row_starts, num_rows, starts, offsets), axis=1).astype(np.int32)
     packed = _to_device(np.concatenate((table.ravel(), blocks)), device)
     spans = Spans(packed[: table.size].view(-1, 4), packed[table.size :], torch.from_numpy(table))
-    tokens, at, places, rows = torch.split(wide, [token_ids.size] * 3 + [sampled_rows.size])
-    return StepInputs(tokens, at, places, spans, tuple(e for e in entries if e.sampling is not None), rows)
+    tokens, at, places, rows, scored = torch.split(wide, [token_ids.size] * 3 + [sampled_rows.size, scored_rows.size])
+    sampled_entries = tuple(e for e in entries if e.sampling is not None)
+    scored_entries = tuple(e for e in entries if e.prompt_targets)
+    return StepInputs(tokens, at, places, spans, sampled_entries, rows, scored_entries, scored)
 
 
 def _sampled_rows(entries: Sequence[PlanEntry], ends: Ints) -> Ints:
     rows = [
         np.arange(end - 1 - e.num_drafts, end) for e, end in zip(entries, ends, strict=True) if e.sampling is not None
     ]
+    return np.concatenate([np.empty(0, np.int64), *rows])
+
+
+def _scored_rows(entries: Sequence[PlanEntry], starts: Ints) -> Ints:
+    rows = [np.arange(start, start + len(e.prompt_targets)) for e, start in zip(entries, starts, strict=True)]
     return np.concatenate([np.empty(0, np.int64), *rows])
 
 

@@ -44,6 +44,7 @@ def native_attention(name: str, q: Tensor, kv: LayerKV) -> Callable[[object], ob
     """The kernel of that name, where it can work on these: float32 queries on CPU."""
     if q.device.type != "cpu" or q.dtype is not torch.float32 or kv[0].dtype not in KV_TYPES:
         return None
+    assert all(part is None or part.is_contiguous() for part in kv), "a view of a cache instead of a cache"
     return function(name, "p")
 
 
@@ -74,8 +75,8 @@ def attend(
 def attend_to_latents(
     run: Callable[[object], object], q: Tensor, kv: PagedLatent, spans: Spans, value_size: int, scale: float
 ) -> Tensor:
-    """`mla_attention` of kernels/mla_attention.py; `run` is "penstock_latent_attention"."""
-    q, out = q.contiguous(), torch.empty((*q.shape[:2], value_size))
+    """`mla_attention` of kernels/mla.py; `run` is "penstock_latent_attention"."""
+    q, out = q.contiguous(), torch.empty((q.shape[0], q.shape[1] * value_size))
     arguments = Arguments(
         *(q.data_ptr(), out.data_ptr(), spans.table.data_ptr(), spans.blocks.data_ptr()),
         *(spans.table.shape[0], q.shape[1], 1, q.shape[2], value_size),

@@ -3,9 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from core.logprobs import TokenLogprobs
 from core.sampling import SamplingParams
 from engine.plan import PlanEntry
 from engine.sampler import sample as sample_entries
@@ -20,8 +24,9 @@ def sample(logits: torch.Tensor, entries: list[PlanEntry]) -> list[int]:
 PARAMS = SamplingParams(max_tokens=100)
 
 
-def entry(position: int = 5, num_output_tokens: int = 0, **changes: Any) -> PlanEntry:
-    return PlanEntry("r", (1,), position - 1, (0,), replace(PARAMS, **changes), num_output_tokens)
+def entry(position: int = 5, num_output_tokens: int = 0, history: list[int] | None = None, **changes: Any) -> PlanEntry:
+    past = np.array(history or [], np.int32).tobytes()
+    return PlanEntry("r", (1,), position - 1, (0,), replace(PARAMS, **changes), num_output_tokens, history=past)
 
 
 def draws(logits: torch.Tensor, num: int, **changes: Any) -> torch.Tensor:
@@ -139,3 +144,147 @@ def test_a_tiny_temperature_is_greedy(device: torch.device) -> None:
 
 def test_the_largest_seed_is_fine(device: torch.device) -> None:
     assert 0 <= sample(torch.zeros(1, 9, device=device), [entry(seed=2**64 - 1)])[0] < 9
+
+
+VOCAB = 40
+PROMPT, OUTPUT = [3, 5, 3, 9], [7, 5, 7, 7, 11]
+
+
+def ranking(logits: torch.Tensor, **changes: Any) -> list[int]:
+    """All tokens that greedy sampling takes, best first: each is forbidden once it was drawn."""
+    tokens: list[int] = []
+    bias = tuple(changes.pop("logit_bias", ()))
+    while len(tokens) < logits.numel():
+        rules = entry(10, len(OUTPUT), PROMPT + OUTPUT, temperature=0, **changes, logit_bias=bias)
+        left = logits.clone()
+        left[tokens] = -1e9
+        token = sample(left.unsqueeze(0), [rules])[0]
+        if token in tokens:
+            break
+        tokens.append(token)
+    return tokens
+
+
+@pytest.mark.parametrize("penalty", [0.6, 1.5])
+def test_repetition_penalty_ranks_as_transformers_does(penalty: float, device: torch.device) -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.linspace(-3, 3, VOCAB)[torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))]
+    processed = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([PROMPT + OUTPUT]), logits.unsqueeze(0).clone())
+    expected = processed[0].sort(descending=True, stable=True).indices.tolist()
+    assert ranking(logits.to(device), repetition_penalty=penalty) == expected
+
+
+def test_frequency_and_presence_count_output_only(device: torch.device) -> None:
+    logits = torch.linspace(0, 3, VOCAB)
+    naive = logits.clone()
+    for token in set(OUTPUT):
+        naive[token] -= 0.31 * OUTPUT.count(token) + 0.17
+    expected = naive.sort(descending=True, stable=True).indices.tolist()
+    assert ranking(logits.to(device), frequency_penalty=0.31, presence_penalty=0.17) == expected
+
+
+def test_logit_bias_is_added(device: torch.device) -> None:
+    logits = torch.arange(6.0, device=device)
+    assert sample(logits.unsqueeze(0), [entry(temperature=0, logit_bias=((2, 4.5), (10**6, 9.0)))]) == [2]
+    assert sample(logits.unsqueeze(0).clone(), [entry(temperature=0, logit_bias=((5, -100.0),))]) == [2]
+
+
+def test_bad_words_forbid_what_transformers_forbids(device: torch.device) -> None:
+    from transformers import NoBadWordsLogitsProcessor
+
+    words = [[4], [11, 8], [7, 11, 9], [5, 11, 10], [11], [2, 3, 5, 3, 9, 7, 5, 7, 7, 11, 6]]
+    history = torch.tensor([PROMPT + OUTPUT])
+    processed = NoBadWordsLogitsProcessor(words)(history, torch.zeros(1, VOCAB))
+    allowed = set(processed[0].isfinite().nonzero().flatten().tolist())
+    rules = {"bad_words": tuple(map(tuple, words)), "temperature": 1.0}
+    rows = [entry(p, len(OUTPUT), PROMPT + OUTPUT, **rules) for p in range(1, 1000)]
+    assert set(sample(torch.zeros(len(rows), VOCAB, device=device), rows)) == allowed
+
+
+def test_min_p_keeps_what_transformers_keeps(device: torch.device) -> None:
+    from transformers import MinPLogitsWarper
+
+    logits = torch.linspace(0, 4, VOCAB)
+    nothing: Any = torch.zeros(1, 1, dtype=torch.long)
+    kept = MinPLogitsWarper(0.3)(nothing, logits.unsqueeze(0) / 2)[0].isfinite()
+    assert torch.equal(draws(logits.to(device), 2000, min_p=0.3, temperature=2.0) > 0, kept)
+
+
+def test_allowed_tokens_are_the_only_ones(device: torch.device) -> None:
+    counts = draws(torch.zeros(VOCAB, device=device), 300, allowed_token_ids=(3, 38, 10**6))
+    assert counts.nonzero().flatten().tolist() == [3, 38]
+
+
+def test_parameters_that_leave_no_token_end_the_request(device: torch.device) -> None:
+    rules: dict[str, Any] = {"allowed_token_ids": (3,), "bad_words": ((3,),), "stop_token_ids": (17,)}
+    assert sample(torch.zeros(2, VOCAB, device=device), [entry(**rules), entry(temperature=0, **rules)]) == [17, 17]
+
+
+def test_log_probabilities_are_those_of_the_model(device: torch.device) -> None:
+    """Whatever the parameters do to the logits, and only where they are asked for."""
+    logits = torch.randn(2, VOCAB, device=device) * 3
+    expected = logits.double().log_softmax(dim=-1)
+    rules = {"temperature": 0, "logit_bias": ((4, 100.0),), "repetition_penalty": 2.0, "logprobs": 3}
+    rows = [replace(entry(10, 1, PROMPT, **rules), request_id="a"), replace(entry(), request_id="b")]
+    drawn = sample_entries(logits, rows)
+    [told] = drawn["a"].logprobs
+    assert (told.token_id, drawn["a"].token_ids, drawn["b"].logprobs) == (4, (4,), ())
+    assert told.logprob == pytest.approx(expected[0, 4].item(), abs=1e-5)
+    assert told.rank == 1 + (expected[0] > expected[0, 4]).sum().item()
+    assert [token for token, _ in told.top] == expected[0].argsort(descending=True)[:3].tolist()
+
+
+parameters = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.7, 1.0, 1.9]),
+        "top_k": st.sampled_from([0, 3, 20]),
+        "top_p": st.sampled_from([1.0, 0.9, 0.4]),
+        "min_p": st.sampled_from([0.0, 0.1]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "frequency_penalty": st.sampled_from([0.0, 0.4]),
+        "presence_penalty": st.sampled_from([0.0, -0.3]),
+        "bad_words": st.sampled_from([(), ((4,), (1, 2))]),
+        "logit_bias": st.sampled_from([(), ((5, 2.0), (6, -3.0))]),
+        "allowed_token_ids": st.sampled_from([(), tuple(range(2, 30))]),
+        "min_tokens": st.sampled_from([0, 4]),
+        "logprobs": st.sampled_from([None, 2]),
+        "seed": st.integers(0, 2**64 - 1),
+    }
+)
+
+
+@given(params=parameters, mates=st.lists(parameters, max_size=3), data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_tokens_are_the_same_alone_batched_drafted_and_resumed(
+    params: dict[str, Any], mates: list[dict[str, Any]], data: Any
+) -> None:
+    """A made-up model, whose logits depend on the tokens before."""
+
+    def logits(tokens: list[int]) -> torch.Tensor:
+        return torch.randn(VOCAB, generator=torch.Generator().manual_seed(hash(tuple(tokens)) % 2**31)) * 2
+
+    def step(tokens: list[int], drafts: list[int], name: str = "a", **changes: Any) -> tuple[PlanEntry, torch.Tensor]:
+        sampling = replace(PARAMS, stop_token_ids=(0,), **{**params, **changes})
+        at = PlanEntry(name, (*tokens[-1:], *drafts), len(tokens) - 1, (0,), sampling, len(tokens) - 3, len(drafts))
+        rows = torch.stack([logits([*tokens, *drafts[:i]]) for i in range(len(drafts) + 1)])
+        return replace(at, history=np.array(tokens, np.int32).tobytes() if sampling.looks_back else b""), rows
+
+    def run(steps: list[tuple[PlanEntry, torch.Tensor]]) -> Any:
+        return sample_entries(torch.cat([rows for _, rows in steps]), [at for at, _ in steps])["a"]
+
+    tokens: list[int] = [1, 2, 1]
+    told: list[TokenLogprobs] = []
+    for _ in range(6):
+        drawn = run([step(tokens, [])])
+        tokens, told = [*tokens, *drawn.token_ids], [*told, *drawn.logprobs]
+    num_known = data.draw(st.integers(3, 8))
+    drafts: list[int] = tokens[num_known:]
+    if data.draw(st.booleans()) and drafts:
+        drafts[-1] = (drafts[-1] + 1) % VOCAB
+    beside = [step([1, 2, 1], [], str(i), **mate) for i, mate in enumerate(mates)]
+    place = data.draw(st.integers(0, len(beside)))
+    again = run([*beside[:place], step(tokens[:num_known], drafts), *beside[place:]])
+    num = len(again.token_ids)
+    assert list(again.token_ids)[: 9 - num_known] == tokens[num_known : num_known + num]
+    assert list(again.logprobs)[: 9 - num_known] == told[num_known - 3 : num_known - 3 + num]

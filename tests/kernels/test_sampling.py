@@ -3,9 +3,14 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from kernels import sampling
+from kernels.native import library
 from kernels.sampling import draw, keep_best_, token_weights
 
 
@@ -89,3 +94,71 @@ def test_a_draw_never_leaves_the_largest_sums(device: torch.device) -> None:
     weights = torch.full((1, 2**18), 2**44, device=device)
     last = draw(weights, torch.tensor([1 - 2**-53], dtype=torch.float64, device=device))
     assert last.item() == 2**18 - 1
+
+
+def row(
+    rng: np.random.Generator, vocab_size: int, history_start: int, history_end: int, mask: int
+) -> tuple[object, ...]:
+    return (
+        rng.choice([0, 0.3, 1, 2.5, 1e-45]),
+        rng.choice([1, 1.3, 0.7]),
+        rng.choice([0, 0.5, -1.1]),
+        rng.choice([0, 0.3]),
+        rng.choice([1, 0.9, 0.5, 0.1, 1e-9]),
+        rng.choice([vocab_size, 1, 5, 200, 10**9]),
+        sampling.min_weight(rng.choice([0, 0.1, 0.9, 1])),
+        rng.integers(0, 2**63),
+        rng.integers(0, 2**40),
+        history_start,
+        history_end,
+        (history_end - history_start) // 2,
+        mask,
+    )
+
+
+@pytest.mark.skipif(library() is None, reason="there are no C++ kernels here")
+@given(
+    seed=st.integers(0, 2**32),
+    vocab_size=st.sampled_from([1, 5, 31, 64, 127, 1000, 3001]),
+    spread=st.sampled_from([0.0, 0.1, 1, 3, 20]),
+    steps=st.sampled_from([0, 2]),
+)
+@settings(deadline=None, max_examples=150)
+def test_the_cpp_kernel_draws_what_the_reference_draws(seed: int, vocab_size: int, spread: float, steps: int) -> None:
+    """Tokens, and logits after penalties and masks, bit for bit; where `steps`, among many equal logits."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy((rng.standard_normal((4, vocab_size)) * spread).astype(np.float32))
+    if steps:
+        logits = (logits * steps).round() / steps
+    history = rng.integers(0, vocab_size, 80).astype(np.int32)
+    masks = rng.integers(0, 2**32, (2, sampling.num_mask_words(vocab_size)), dtype=np.uint64).astype(np.uint32)
+    rows = np.array(
+        [
+            row(rng, vocab_size, 20 * i, 20 * i + int(rng.integers(0, 21)), int(rng.choice([-1, 0, 1])))
+            for i in range(4)
+        ],
+        sampling.ROW,
+    )
+    ours, theirs = logits.clone(), logits.clone()
+    tokens = sampling.sample_rows(ours, rows, history, masks)
+    assert tokens == sampling._sample_rows(theirs, rows, history, masks)
+    assert torch.equal(ours, theirs)
+    chosen, num_top = [max(token, 0) for token in tokens], min(vocab_size, 7)
+    assert sampling.token_logprobs(logits, chosen, num_top) == sampling._token_logprobs(logits, chosen, num_top)
+
+
+def test_log_probabilities_and_ranks(device: torch.device, rng: torch.Generator) -> None:
+    logits = torch.randn(3, 50, generator=rng, device=device) * 4
+    values, ids, ranks = sampling.token_logprobs(logits, [7, 8, 9], 50)
+    expected = logits.double().log_softmax(dim=-1)
+    for i, token in enumerate([7, 8, 9]):
+        assert ids[i] == [token, *logits[i].argsort(descending=True).tolist()]
+        assert ids[i][ranks[i]] == token
+        torch.testing.assert_close(torch.tensor(values[i]).double(), expected[i, ids[i]].cpu(), rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_is_drawn_where_all_is_forbidden(device: torch.device) -> None:
+    rows = np.zeros(2, sampling.ROW)
+    rows["temperature"], rows["top_p"], rows["top_k"], rows["mask"] = [0, 1], 1, 9, 0
+    nothing = np.zeros((1, 1), np.uint32)
+    assert sampling.sample_rows(torch.zeros(2, 9, device=device), rows, np.empty(0, np.int32), nothing) == [-1, -1]
