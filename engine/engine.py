@@ -39,6 +39,7 @@ class Engine:
     layout: KVLayout
     pool: BlockPool
     scheduler: Scheduler
+    model: Model
     runner: Runner
     storage: KVStorage
     max_model_len: int
@@ -82,7 +83,7 @@ class Engine:
         )
         grammars = GrammarMasks.from_checkpoint(Path(path), model_config.vocab_size, model_config.eos_token_ids)
         runner = Runner(model, storage, grammars)
-        return cls(model_config, layout, pool, scheduler, runner, storage, max_model_len)
+        return cls(model_config, layout, pool, scheduler, model, runner, storage, max_model_len)
 
     def step(self, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
         """Schedule, run, and update once. Empty where there is nothing to do, or no prompt came to its end."""

@@ -146,13 +146,12 @@ class _Loader:
         tied = LinearSources((sources.embedding,))
         output = self._linear(sources.output or tied, self._storage.head_precision)
         norm = self._norm(sources.norm)
-        self._files.release_pages()
         return ModelWeights(embedding, layers, norm, output)
 
     def _layer(self, index: int) -> LayerWeights:
         sources = layer_sources(self._config, index)
         attention, mlp = sources.attention, sources.mlp
-        weights = LayerWeights(
+        return LayerWeights(
             attention_norm=self._norm(sources.attention_norm),
             after_attention_norm=self._optional_norm(sources.after_attention_norm),
             mlp_norm=self._norm(sources.mlp_norm),
@@ -160,8 +159,6 @@ class _Loader:
             attention=self._heads(attention) if isinstance(attention, HeadsSources) else self._latent(attention),
             mlp=self._mlp(mlp) if isinstance(mlp, MLPSources) else self._moe(mlp),
         )
-        self._files.release_pages()
-        return weights
 
     def _heads(self, sources: HeadsSources) -> HeadsWeights:
         return HeadsWeights(
@@ -201,7 +198,9 @@ class _Loader:
     def _mlp(self, sources: MLPSources) -> MLPWeights:
         gate, up = _uniform([self._part(sources.gate.weights[0]), self._part(sources.up.weights[0])])
         precision, activation = self._storage.precision, self._config.activation
-        return MLPWeights(make_gated_linear(gate, up, None, None, precision, activation), self._linear(sources.down))
+        gate_up = make_gated_linear(gate, up, None, None, precision, activation)
+        self._files.release_pages()
+        return MLPWeights(gate_up, self._linear(sources.down))
 
     def _moe(self, sources: MoESources) -> MoEWeights:
         linears = ([getattr(e, name) for e in sources.experts] for name in ("gate", "up", "down"))
@@ -217,6 +216,7 @@ class _Loader:
             up_bias=up_bias,
             down_bias=down_bias,
         )
+        self._files.release_pages()
         bias = sources.score_bias
         return MoEWeights(
             router=self._linear(sources.router, "float32"),
@@ -234,7 +234,9 @@ class _Loader:
         parts = _uniform([self._part(source) for source in sources.weights])
         dtype = torch.float32 if precision == "float32" else self._storage.dtype
         biases = [self._vector(source, dtype) for source in sources.biases]
-        return make_linear(parts, torch.cat(biases) if biases else None, precision or self._storage.precision)
+        linear = make_linear(parts, torch.cat(biases) if biases else None, precision or self._storage.precision)
+        self._files.release_pages()
+        return linear
 
     def _float_precision(self) -> Precision:
         return self._storage.precision if self._storage.precision not in ("int8", "int4") else "float32"

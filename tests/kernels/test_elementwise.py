@@ -7,7 +7,6 @@ import torch
 
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope, rope_angles
-from kernels.swiglu import swiglu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,11 +39,3 @@ def test_rope_turns_pairs_by_their_angle(device: torch.device, rng: torch.Genera
 def test_rope_keeps_the_type(device: torch.device) -> None:
     cos, sin = rope_angles(torch.tensor([3], device=device), torch.ones(2, device=device))
     assert apply_rope(torch.ones(1, 1, 4, dtype=torch.bfloat16, device=device), cos, sin).dtype is torch.bfloat16
-
-
-def test_swiglu(device: torch.device, rng: torch.Generator) -> None:
-    x = torch.randn(3, 10, generator=rng, device=device)
-    before = x.clone()
-    expected = x[:, :5] / (1 + (-x[:, :5]).exp()) * x[:, 5:]
-    torch.testing.assert_close(swiglu(x), expected)
-    assert torch.equal(x, before)
