@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.native import function
+
 
 def route(
     gate_logits: Tensor,
@@ -28,6 +30,29 @@ def route(
     `group_best` best experts together (DeepSeek-V2 and V3, 2024).
     """
     wide = gate_logits.to(torch.float32)
+    run = function("penstock_route", "pqiiiipiiifpp")
+    if run is not None and wide.device.type == "cpu":
+        wide, num_tokens = wide.contiguous(), wide.shape[0]
+        weights, expert_ids = torch.empty(num_tokens, top_k), torch.empty(num_tokens, top_k, dtype=torch.int64)
+        run(
+            *(wide.data_ptr(), *wide.shape, top_k, renormalize, scores == "sigmoid"),
+            *(None if bias is None else bias.data_ptr(), num_groups, top_groups, group_best, scale),
+            *(weights.data_ptr(), expert_ids.data_ptr()),
+        )
+        return weights, expert_ids
+    return _route(wide, top_k, renormalize, scores, bias, (num_groups, top_groups, group_best), scale)
+
+
+def _route(
+    wide: Tensor,
+    top_k: int,
+    renormalize: bool,
+    scores: Literal["softmax", "sigmoid"],
+    bias: Tensor | None,
+    groups: tuple[int, int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    num_groups, top_groups, group_best = groups
     if scores == "softmax" and renormalize and bias is None and num_groups == 1:  # a softmax over the chosen ones
         best, expert_ids = wide.topk(top_k, dim=-1)
         return best.softmax(dim=-1) * scale, expert_ids
