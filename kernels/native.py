@@ -41,12 +41,17 @@ _ARGUMENTS: dict[str, Any] = {
 }
 
 
+def offered_isas() -> list[str]:
+    """What PENSTOCK_CPU_ISA may be on this CPU, best first."""
+    return [*(isa for isa, flags in _FLAGS.items() if _features(flags) <= _cpu_features()), "none"]
+
+
 def cpu_isa() -> str:
     """The instruction set that the kernels are built for: a key of `_FLAGS`, or "none".
 
     `ValueError` where PENSTOCK_CPU_ISA names one that does not exist or that this CPU lacks.
     """
-    offered = [isa for isa, flags in _FLAGS.items() if _features(flags) <= _cpu_features()] + ["none"]
+    offered = offered_isas()
     wanted = os.environ.get(ISA_VARIABLE)
     if wanted is None:
         return offered[0]
