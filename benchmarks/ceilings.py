@@ -23,6 +23,8 @@ from kernels.linear import make_linear
 from kernels.quantize import Precision
 
 BUFFER_BYTES = 512 * 2**20
+LIMIT_S = 1.5
+"""For the repetitions of one way to do one thing."""
 SHAPES = ((2048, 768, 4096), (2048, 2048, 768), (1024, 512, 1024))
 """M, K, N"""
 FloatArray = npt.NDArray[np.float32]
@@ -84,14 +86,14 @@ def flop_rate(route: Route, shapes: Sequence[Shape], repeats: int, clock: Clock)
 
 
 def best_s(run: Callable[[], object], repeats: int, clock: Clock) -> float:
-    """Of `repeats` runs, after one that doesn't count."""
-    run()
-    times = []
-    for _ in range(repeats):
+    """Of `repeats` runs, or of as many as LIMIT_S has room for; the first doesn't count."""
+    times: list[float] = []
+    end_s = clock() + LIMIT_S
+    while len(times) < 2 or (len(times) <= repeats and clock() < end_s):
         start_s = clock()
         run()
         times.append(clock() - start_s)
-    return min(times)
+    return min(times[1:])
 
 
 def _torch_float32(m: int, k: int, n: int) -> Callable[[], object]:

@@ -32,6 +32,7 @@ from engine.model_config import Dtype, ModelConfig
 from engine.plan import Plan, PlanEntry
 from engine.runner import Runner
 from engine.weights import Storage, load_weights
+from kernels import threads
 from kernels.checksum import checksum
 
 BLOCK_SIZE = 16
@@ -179,10 +180,10 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / seconds(5, lambda: target.copy_(source))[0]
 
 
-def tiny_row(device: torch.device, num_repeats: int) -> Row:
+def tiny_row(device: torch.device, num_repeats: int, num_threads: int) -> Row:
     """A model so small that only the overhead of a step counts."""
     where: Any = device.type
-    engine = Engine.from_checkpoint(TINY, EngineConfig(num_blocks=64, device=where))
+    engine = Engine.from_checkpoint(TINY, EngineConfig(num_blocks=64, device=where, num_threads=num_threads))
 
     def steps() -> Iterator[None]:
         token, blocks = 5, tuple(range(64))
@@ -200,11 +201,11 @@ def checksum_row(device: torch.device) -> Row:
     return Row.of("checksum of 1 MiB", data.nbytes / time_s / 1e9, "GB/s", 1.5)
 
 
-def measure(device: torch.device, quick: bool) -> list[Row]:
+def measure(device: torch.device, quick: bool, num_threads: int) -> list[Row]:
     size = SIZES[device.type, quick]
     rows = list(Bench(size, device).rows())
     if TINY.exists():
-        rows.append(tiny_row(device, size.num_repeats))
+        rows.append(tiny_row(device, size.num_repeats, num_threads))
     return [*rows, checksum_row(device)]
 
 
@@ -215,8 +216,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rows = measure(torch.device(arguments.device), arguments.quick)
+    threads.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)  # the peer's; ours leave torch with one where they have C++ kernels
+    rows = measure(torch.device(arguments.device), arguments.quick, arguments.threads)
     for row in rows:
         peer = "" if row.peer is None else f"  peer {row.peer:,.1f}, ratio {row.ratio:.2f}"
         verdict = "ok" if row.ok else "missed"
