@@ -50,13 +50,21 @@ class Measured:
 
 
 class Comparison:
-    """`vocab_size`: of the ids that prompts are drawn from."""
+    """`vocab_size`: of the ids that prompts are drawn from. Once `in_time` is false, nothing more is begun."""
 
-    def __init__(self, specs: Sequence[EngineSpec], vocab_size: int, log_folder: Path, say: Say) -> None:
+    def __init__(
+        self,
+        specs: Sequence[EngineSpec],
+        vocab_size: int,
+        log_folder: Path,
+        say: Say,
+        in_time: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._specs = specs
         self._vocab_size = vocab_size
         self._log_folder = log_folder
         self._say = say
+        self._in_time = in_time
         self._running: dict[str, EngineProcess] = {}
         self.measured = Measured()
 
@@ -65,8 +73,13 @@ class Comparison:
         """Start all engines, one after the other; the others stand still meanwhile. All end with the context."""
         with ExitStack() as stack:
             for spec in self._specs:
-                self._start(spec, stack)
+                if self._in_time():
+                    self._start(spec, stack)
+                else:
+                    self.measured.failures[spec.label] = "the time was up before it could start"
             yield
+            for process in self._running.values():
+                process.hang_up()
 
     def _start(self, spec: EngineSpec, stack: ExitStack) -> None:
         self._say(f"start {spec.label}")
@@ -112,14 +125,13 @@ class Comparison:
         workloads: Sequence[Workload],
         *,
         only: Sequence[str] | None = None,
-        go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         """Every workload on every engine (or those that `only` names); who begins changes from turn to turn.
 
-        `go_on` is asked before each workload but the first.
+        The first workload is run in any case.
         """
         for workload in workloads:
-            if workload is not workloads[0] and not go_on():
+            if workload is not workloads[0] and not self._in_time():
                 self._say(f"the time is up: no {workload.name}")
                 return
             prompts = workload.prompts(number, self._vocab_size)

@@ -43,7 +43,7 @@ from benchmarks.workloads import QUICK_WORKLOADS, WORKLOADS, Measure
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 MODELS = ("llama-120m", "qwen3moe-300m")
-FULL_S, QUICK_S = 1140.0, 35.0
+FULL_S, QUICK_S = 1140.0, 32.0
 """No turn is begun that would end after this."""
 NUM_STARTS = 3
 Clock = Callable[[], float]
@@ -152,7 +152,10 @@ class Bench:
                 folder.name,
                 lambda: own_rows.memory_row(folder, self._logs / "memory.log", options.num_threads),
             )
-        comparison = Comparison(self._specs(folder), min(7000, cost.vocab_size), self._logs, self._say)
+        vocab_size = min(7000, cost.vocab_size)
+        comparison = Comparison(
+            self._specs(folder), vocab_size, self._logs, self._say, in_time=lambda: self._clock() < deadline_s
+        )
         with comparison.started():
             if not quick:
                 comparison.warm_up(workloads)
@@ -181,7 +184,7 @@ class Bench:
                 self._say(f"the time is up after {number} turns")
                 return
             only = rivals if number % 2 else None
-            comparison.turn(number, workloads, only=only, go_on=lambda: self._clock() < deadline_s)
+            comparison.turn(number, workloads, only=only)
             took_s.append(self._clock() - start_s)
             self._say(f"turn {number + 1} took {took_s[-1]:.0f} s")
 

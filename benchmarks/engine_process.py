@@ -102,11 +102,15 @@ class EngineProcess:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
-    def close(self) -> None:
-        """End it, whatever state it is in, and all that it started."""
+    def hang_up(self) -> None:
+        """Ask it to end, and don't wait for it."""
         self.resume()
         if self._process.stdin:
             self._process.stdin.close()
+
+    def close(self) -> None:
+        """End it, whatever state it is in, and all that it started."""
+        self.hang_up()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(CLOSE_S)
         self._signal(signal.SIGKILL)

@@ -152,10 +152,12 @@ def test_a_fallback_takes_the_place_of_an_engine_that_does_not_start(tmp_path: P
 
 
 def test_no_workload_begins_when_the_time_is_up(tmp_path: Path) -> None:
-    comparison = Comparison([fake("a")], 100, tmp_path, lambda _: None)
+    answers = iter([True, False, False])
+    comparison = Comparison([fake("a"), fake("b")], 100, tmp_path, lambda _: None, in_time=lambda: next(answers))
     with comparison.started():
-        comparison.turn(0, WORKLOADS, go_on=lambda: False)
+        comparison.turn(0, WORKLOADS)
     assert list(comparison.measured.tokens_per_s) == [("prefill", "a")]
+    assert comparison.measured.failures == {"b": "the time was up before it could start"}
 
 
 def test_rows_have_medians_and_targets_and_name_what_is_missing(tmp_path: Path) -> None:
