@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from core.errors import InvalidRequestError
 from core.kv_layout import KVLayout
+from core.logprobs import TokenLogprobs
 from core.messages import (
     Accept,
     Accepted,
@@ -123,6 +124,16 @@ def _work(wire: worker_pb2.Work) -> Work:
         seed=s.seed,
         min_tokens=s.min_tokens,
         stop_token_ids=tuple(s.stop_token_ids),
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        frequency_penalty=s.frequency_penalty,
+        presence_penalty=s.presence_penalty,
+        logit_bias=tuple((bias.token_id, bias.bias) for bias in s.logit_bias),
+        bad_words=tuple(tuple(word.ids) for word in s.bad_words),
+        allowed_token_ids=tuple(s.allowed_token_ids),
+        grammar=s.grammar,
+        logprobs=s.logprobs if s.HasField("logprobs") else None,
+        prompt_logprobs=s.prompt_logprobs if s.HasField("prompt_logprobs") else None,
     )
     return Work(tuple(wire.token_ids), wire.num_prompt_tokens, sampling, wire.prompt_offset, wire.cache_salt)
 
@@ -190,6 +201,7 @@ def worker_message(events: Sequence[Event], load: Load) -> worker_pb2.WorkerMess
             draining=load.draining,
             num_prefix_queries=load.num_prefix_queries,
             num_prefix_hits=load.num_prefix_hits,
+            mask_wait_s=load.mask_wait_s,
         ),
     )
 
@@ -224,7 +236,11 @@ def _event(event: Event) -> worker_pb2.Event:
                 tokens=worker_pb2.StepTokens(
                     sequences=[
                         worker_pb2.SequenceTokens(
-                            transfer_id=s.key[0], attempt=s.key[1], token_ids=s.token_ids, finish=_FINISH[s.finish]
+                            transfer_id=s.key[0],
+                            attempt=s.key[1],
+                            token_ids=s.token_ids,
+                            finish=_FINISH[s.finish],
+                            logprobs=map(_logprobs, s.logprobs),
                         )
                         for s in sequences
                     ]
@@ -248,6 +264,18 @@ def _prefilled(event: Prefilled) -> worker_pb2.Prefilled:
         first_token_id=event.first_token_id,
         finish=_FINISH[event.finish],
         record=None if event.record is None else _record_to_wire(event.record),
+        logprobs=map(_logprobs, event.logprobs),
+        prompt_logprobs=map(_logprobs, event.prompt_logprobs),
+    )
+
+
+def _logprobs(told: TokenLogprobs) -> inference_pb2.TokenLogprobs:
+    return inference_pb2.TokenLogprobs(
+        token_id=told.token_id,
+        logprob=told.logprob,
+        rank=told.rank,
+        top_token_ids=[token_id for token_id, _ in told.top],
+        top_logprobs=[logprob for _, logprob in told.top],
     )
 
 

@@ -115,6 +115,7 @@ class Worker:
                 plan = self._engine.scheduler.schedule()
                 if plan and (result := self._run_step(plan)):
                     self._publish(self._engine.scheduler.update(plan, result))
+                    self._fail_undrawn(result)
                 self._expire()
                 self._flush()
         finally:
@@ -148,6 +149,12 @@ class Worker:
             return None
         self._num_failed_steps = 0
         return result
+
+    def _fail_undrawn(self, result: StepResult) -> None:
+        """Requests for which nothing could be drawn, while the others of the step go on."""
+        failures = {request_id: drawn.failure for request_id, drawn in result.drawn.items() if drawn.failure}
+        for key in [key for key in self._keys() if engine_id(key) in failures]:
+            self._fail(key, "grammar", failures[engine_id(key)])
 
     def _publish(self, outputs: list[StepOutput]) -> None:
         self._decode.publish([output for output in outputs if not self._prefill.publish(output)])
@@ -315,6 +322,7 @@ class Worker:
             draining=self._draining_until is not None,
             num_prefix_queries=index.num_queries if index is not None else 0,
             num_prefix_hits=index.num_hits if index is not None else 0,
+            mask_wait_s=self._engine.runner.mask_wait_s,
         )
 
     def check_integrity(self) -> None:

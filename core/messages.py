@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from core.kv_layout import KVLayout
+from core.logprobs import TokenLogprobs
 from core.request import FinishReason
 from core.sampling import SamplingParams
 from core.ticket import AttemptKey, CommitRecord, Ticket
@@ -63,6 +64,7 @@ class Load:
     draining: bool = False
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
+    mask_wait_s: float = 0.0
 
 
 # ---- commands
@@ -190,12 +192,17 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """With `finish` set the first token ended the request: nothing is held and there is no decode."""
+    """With `finish` set the first token ended the request: nothing is held and there is no decode.
+
+    `logprobs` is that of the first token, where it was asked for.
+    """
 
     key: AttemptKey
     first_token_id: int
     finish: FinishReason | None
     record: CommitRecord | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +233,7 @@ class SequenceTokens:
     key: AttemptKey
     token_ids: tuple[int, ...]
     finish: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

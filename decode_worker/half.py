@@ -108,9 +108,11 @@ class DecodeHalf:
                 continue
             key, finish = attempt.ticket.key, output.finish_reason
             if attempt.ticket.local and len(output.request.output_token_ids) == 1:
-                attempt.emit(Prefilled(key, output.token_ids[0], finish, None))
+                told = tuple(output.request.prompt_logprobs)
+                attempt.emit(Prefilled(key, output.token_ids[0], finish, None, output.logprobs, told))
             else:
-                by_router.setdefault(attempt.emit, []).append(SequenceTokens(key, output.token_ids, finish))
+                tokens = SequenceTokens(key, output.token_ids, finish, output.logprobs)
+                by_router.setdefault(attempt.emit, []).append(tokens)
             if finish is not None:
                 self.drop(key)
         for emit, sequences in by_router.items():

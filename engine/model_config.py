@@ -297,6 +297,7 @@ def _generation(folder: Path, config: Fields) -> tuple[tuple[int, ...], Sampling
         temperature=0.0 if temperature == 0 else _optional_number(fields, "temperature"),
         top_p=_optional_number(fields, "top_p"),
         top_k=None if fields.get("top_k") is None else fields.integer("top_k", minimum=0),
+        repetition_penalty=_optional_number(fields, "repetition_penalty"),
     )
     if defaults.top_p is not None and defaults.top_p > 1:
         raise fields.error("top_p", "must be in (0, 1]")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from core.errors import TransferError
 from core.messages import AttemptFailed, Event, Prefill, Prefilled, Released
 from core.request import Request
-from core.ticket import AttemptKey, Ticket, engine_id
+from core.ticket import AttemptKey, CommitRecord, Ticket, engine_id
 from engine.plan import Plan, StepOutput
 from engine.scheduler import Scheduler
 from kv_transfer.sender import KVSender
@@ -64,7 +64,7 @@ class PrefillHalf:
             return False
         key = attempt.ticket.key
         if output.finish_reason is not None:
-            attempt.emit(Prefilled(key, output.token_ids[0], output.finish_reason, None))
+            attempt.emit(_prefilled(key, output, None))
             self.drop(key)
             return True
         try:
@@ -72,7 +72,7 @@ class PrefillHalf:
         except TransferError as error:
             self.fail(key, error.reason, str(error))
             return True
-        attempt.emit(Prefilled(key, output.token_ids[0], None, record))
+        attempt.emit(_prefilled(key, output, record))
         return True
 
     def fail(self, key: AttemptKey, reason: str, message: str) -> None:
@@ -94,3 +94,8 @@ class PrefillHalf:
         self._scheduler.release(engine_id(key))
         self._sender.cancel(key)  # first, so that `release` does not wait for what is under way
         self._sender.release(key)
+
+
+def _prefilled(key: AttemptKey, output: StepOutput, record: CommitRecord | None) -> Prefilled:
+    told = tuple(output.request.prompt_logprobs)
+    return Prefilled(key, output.token_ids[0], output.finish_reason, record, output.logprobs, told)

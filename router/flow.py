@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.clock import Clock
 from core.events import LifecycleEvent
+from core.logprobs import TokenLogprobs
 from core.messages import (
     Accept,
     Accepted,
@@ -60,6 +61,15 @@ class Refusal:
 @dataclass(frozen=True, slots=True)
 class TooSlow:
     """The client does not read what was streamed to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Tokens that a worker drew, and what it tells of them and of the prompt."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 Outcome = FinishReason | Refusal | Failure | TooSlow
@@ -105,7 +115,10 @@ class AttemptFlow:
             pair_epoch=route.epoch,
         )
         token_ids = tuple(request.token_ids(0, request.num_tokens))
-        work = Work(token_ids, request.num_prompt_tokens, request.sampling)
+        sampling = request.sampling
+        if request.output_token_ids:
+            sampling = replace(sampling, prompt_logprobs=None)  # told with the first token
+        work = Work(token_ids, request.num_prompt_tokens, sampling)
         entry.attempt = Attempt(ticket, work, Stage.PREFILLING if route.local else Stage.RESERVING, self._clock())
         prefill_hello, decode_hello = self._workers.hello(route.prefill), self._workers.hello(route.decode)
         entry.stats.prefill_worker, entry.stats.decode_worker = prefill_hello.worker_id, decode_hello.worker_id
@@ -222,7 +235,8 @@ class AttemptFlow:
         if entry.stats.ttft_s is None:
             entry.stats.ttft_s = now_s - entry.arrived_s
             self._ledger.note(entry, LifecycleEvent.FIRST_TOKEN, now_s)
-        if not self._deliver(entry, (event.first_token_id,), now_s):
+        told = Told((event.first_token_id,), event.logprobs, event.prompt_logprobs)
+        if not self._deliver(entry, told, now_s):
             return
         if event.finish:
             self._drop(hold)
@@ -251,7 +265,7 @@ class AttemptFlow:
             attempt.decoding = True
             entry.stats.first_decode_step_s = now_s - attempt.since_s
             self._ledger.note(entry, LifecycleEvent.FIRST_DECODE_TOKEN, now_s)
-        if self._deliver(entry, event.token_ids, now_s) and event.finish:
+        if self._deliver(entry, Told(event.token_ids, event.logprobs), now_s) and event.finish:
             attempt.enter(Stage.FINISHING, now_s)
             attempt.finish_reason = event.finish
             self._drop(hold)
@@ -275,14 +289,14 @@ class AttemptFlow:
         self._tell(hold, Prefill(attempt.ticket, attempt.work, num_skipped_tokens))
         self._ledger.note(entry, LifecycleEvent.PREFILL_SENT, self._clock())
 
-    def _deliver(self, entry: Entry, token_ids: tuple[int, ...], now_s: float) -> bool:
+    def _deliver(self, entry: Entry, told: Told, now_s: float) -> bool:
         """Tokens to the client; False where that ended the attempt, for the client does not read."""
-        if not entry.stream.push(token_ids):
+        if not entry.stream.push(told.token_ids, logprobs=told.logprobs, prompt_logprobs=told.prompt_logprobs):
             self.fence(entry, "client_too_slow")
             self._on_outcome(entry, TooSlow())
             return False
-        entry.request.output_token_ids.extend(token_ids)
-        self._ledger.note_tokens(entry, len(token_ids), now_s)
+        entry.request.output_token_ids.extend(told.token_ids)
+        self._ledger.note_tokens(entry, len(told.token_ids), now_s)
         return True
 
     def _await_figures(self, entry: Entry, attempt: Attempt, reason: FinishReason) -> None:

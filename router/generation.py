@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from core.errors import PenstockError
+from core.logprobs import TokenLogprobs
 from core.request import FinishReason
 from core.stats import RequestStats
 from router.stream import RequestDispatcher, RequestStream, TokenDelta
 from router.validation import Chat, GenerateInput, Prompt, Validator, ValidRequest
-from text.stop_strings import StopMatcher
+from text.grammar import Structure
+from text.stop_strings import StopMatcher, StopOutput
 from text.tokenizer import Tokenizer
 
 _INLINE_CHARACTERS = 2_000
@@ -36,6 +38,8 @@ class TextDelta:
 
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,10 @@ class Generation:
         self.started = Started(request.request_id, model, request.sampling.seed, request.num_prompt_tokens)
         self._sampling = request.sampling
         self._stream = stream
-        self._detokenizer = tokenizer.detokenizer(request.prompt_token_ids)
+        self._detokenizer = tokenizer.detokenizer(
+            request.prompt_token_ids, skip_special_tokens=valid.skip_special_tokens
+        )
+        self._include_stop = valid.include_stop
         self._stops = StopMatcher(valid.stop)
         self._has_stops = bool(valid.stop)
         self._num_output_tokens = 0
@@ -93,26 +100,30 @@ class Generation:
             if stopped:
                 self._stream.stop()
                 self._finish_reason = FinishReason.STOP
-                return TextDelta(delta.token_ids[:num_read], text)
+                return TextDelta(delta.token_ids[:num_read], text, delta.logprobs[:num_read], delta.prompt_logprobs)
         if delta.finish_reason:
             rest = self._stops.push(self._detokenizer.flush())
-            text += rest.text if rest.stop else rest.text + self._stops.flush()
+            text += self._shown(rest) if rest.stop else rest.text + self._stops.flush()
             self._finish_reason = FinishReason.STOP if rest.stop else delta.finish_reason
-        return TextDelta(delta.token_ids, text)
+        return TextDelta(delta.token_ids, text, delta.logprobs, delta.prompt_logprobs)
 
     def _read_token(self, token_id: int) -> tuple[str, bool]:
         """The text that a token lets out, and whether a stop string is complete.
 
-        A token that ends the request has no text. Stop strings count only after `min_tokens` tokens.
+        A token that ends the request has no text, unless it was asked for. Stop strings count only after `min_tokens`
+        tokens.
         """
         past_minimum = self._num_output_tokens > self._sampling.min_tokens
         if past_minimum and token_id in self._sampling.stop_token_ids:
-            return "", False
+            return self._detokenizer.push((token_id,)) if self._include_stop else "", False
         text = self._detokenizer.push((token_id,))
         if not (self._has_stops and past_minimum):
             return text, False
         output = self._stops.push(text)
-        return output.text, output.stop is not None
+        return self._shown(output), output.stop is not None
+
+    def _shown(self, output: StopOutput) -> str:
+        return output.text + (output.stop or "") if self._include_stop else output.text
 
 
 class Generator:
@@ -149,8 +160,13 @@ class Generator:
             token_ids = {
                 prompt: await self._tokenize(prompt) for prompt in dict.fromkeys(each.prompt for each in wanted)
             }
+            structures = dict.fromkeys(each.sampling.structure for each in wanted)
+            grammars = {structure: await self._compile(structure) for structure in structures}
             limit = self._dispatcher.max_model_len
-            return [self._validator.finish(each, [*token_ids[each.prompt]], limit) for each in wanted]
+            return [
+                self._validator.finish(each, [*token_ids[each.prompt]], limit, grammars[each.sampling.structure])
+                for each in wanted
+            ]
 
     def start(self, valid: ValidRequest) -> Generation:
         """Queues it. `OverloadedError` where there is no room."""
@@ -164,6 +180,12 @@ class Generator:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._validator.tokenize, prompt)
 
+    async def _compile(self, structure: Structure | None) -> str:
+        if structure is None:
+            return ""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._validator.compile, structure)
+
     @contextmanager
     def _noting_refusals(self) -> Iterator[None]:
         try:
@@ -171,6 +193,10 @@ class Generator:
         except PenstockError as error:
             self._on_refusal(error)
             raise
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of one token, or part of a character's; a special token's name."""
+        return self._tokenizer.token_bytes(token_id)
 
     def cancel(self, request_id: str) -> bool:
         """False where no request of this id is running."""

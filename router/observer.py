@@ -56,6 +56,7 @@ def cluster_sample(info: ClusterInfo) -> ClusterSample:
                 num_preemptions=worker.load.num_preemptions,
                 num_prefix_queries=worker.load.num_prefix_queries,
                 num_prefix_hits=worker.load.num_prefix_hits,
+                mask_wait_s=worker.load.mask_wait_s,
             )
             for worker in info.workers
             if worker.connected

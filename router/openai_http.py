@@ -78,7 +78,7 @@ class OpenAIApi:
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse_body(ChatBody, await read_body(request))
-        names = {"prompt": "messages"}
+        names = {"prompt": "messages", "logprobs": "top_logprobs"}
         if body.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
         return await self._answer(body, body.inputs(), CHAT, names)
@@ -88,7 +88,9 @@ class OpenAIApi:
         with renamed(names):
             valids = await self._generator.prepare_all(inputs)
         answer_id = f"{form.id_prefix}{valids[0].request.request_id}"
-        writer = Writer(form, answer_id, self._model, int(self._wall_clock()), body.num_per_prompt)
+        writer = Writer(
+            form, answer_id, self._model, int(self._wall_clock()), body.num_per_prompt, self._generator.token_bytes
+        )
 
         def start() -> Choices:
             with renamed(names):

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, Val
 
 from core.errors import InvalidRequestError, did_you_mean
 from core.sampling import MAX_SEED
+from router.openai_structures import structure_of
 from router.validation import Chat, GenerateInput, Prompt, SamplingFields
 from text.chat_template import ChatMessage
 
@@ -24,15 +25,6 @@ NO_EFFECT = frozenset(
     )
 )
 """Accepted whatever they hold: they would not change the output."""
-
-NOT_YET: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "min_p": (None, 0),
-    "logit_bias": (None, {}),
-}
-"""Accepted only with these values, which change nothing."""
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -96,6 +88,14 @@ def _part(path: str, value: object) -> str:
             raise InvalidRequestError(path, value, "must be {'type': 'text', 'text': a string}")
 
 
+def bias_of(values: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """JSON has strings for keys: those are token ids."""
+    for name in values:
+        if not (name.isascii() and name.isdigit()):
+            raise InvalidRequestError("logit_bias", name, "must have token ids for keys, such as '50256'")
+    return tuple((int(name), bias) for name, bias in values.items())
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -111,7 +111,8 @@ class Body(BaseModel):
     """What both bodies share. A field that is null is a field left out."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    not_yet: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_YET
+    not_yet: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Fields that are accepted only with these values, which change nothing."""
 
     model: str | None = None
     stream: bool | None = None
@@ -126,6 +127,22 @@ class Body(BaseModel):
     ignore_eos: bool | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -134,6 +151,11 @@ class Body(BaseModel):
     @property
     def num_per_prompt(self) -> int:
         return 1 if self.n is None else self.n
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the best tokens to tell; None for no log-probabilities at all."""
+        raise NotImplementedError
 
     def fields(self, max_tokens: int | None, choice: int) -> SamplingFields:
         """`choice` counts the n choices of one prompt: each has a seed of its own, the first the one given."""
@@ -148,6 +170,18 @@ class Body(BaseModel):
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=bias_of(self.logit_bias or {}),
+            bad_words=tuple(self.bad_words or ()),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            skip_special_tokens=self.skip_special_tokens is not False,
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            structure=structure_of(self),
         )
 
     def expand(
@@ -156,6 +190,8 @@ class Body(BaseModel):
         """One input per choice: those of the first prompt, then those of the second, and so on."""
         if self.stream_options and not self.stream:
             raise InvalidRequestError("stream_options", "options", "must be left out unless stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError("prompt_logprobs", self.prompt_logprobs, "must be left out where stream is true")
         if not 1 <= self.num_per_prompt * len(prompts) <= MAX_CHOICES:
             limit = f"must be at least 1, and n times the number of prompts at most {MAX_CHOICES}"
             raise InvalidRequestError("n", self.num_per_prompt, limit)
@@ -170,14 +206,17 @@ class Body(BaseModel):
 
 class CompletionBody(Body):
     not_yet: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **NOT_YET,
         "echo": (None, False),
-        "logprobs": (None,),
         "best_of": (None, 1),
         "suffix": (None, ""),
     }
 
     prompt: Annotated[list[Prompt], PlainValidator(prompts_of)]
+    logprobs: int | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     def inputs(self) -> list[GenerateInput]:
         return self.expand(self.prompt, self.max_tokens, COMPLETION_MAX_TOKENS)
@@ -185,14 +224,10 @@ class CompletionBody(Body):
 
 class ChatBody(Body):
     not_yet: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **NOT_YET,
-        "logprobs": (None, False),
-        "top_logprobs": (None, 0),
         "tools": (None, []),
         "tool_choice": (None, "none", "auto"),
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
-        "response_format": (None, {"type": "text"}),
         "modalities": (None, ["text"]),
         "audio": (None,),
         "reasoning_effort": (None,),
@@ -202,6 +237,16 @@ class ChatBody(Body):
 
     messages: Annotated[Chat, PlainValidator(messages_of)]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise InvalidRequestError("top_logprobs", self.top_logprobs, "must be left out unless logprobs is true")
+        return None
 
     def inputs(self) -> list[GenerateInput]:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

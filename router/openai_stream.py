@@ -159,6 +159,7 @@ class StreamedAnswer(Answer):
 
     async def _events(self, choices: Choices) -> AsyncGenerator[bytes]:
         taken = [Choice() for _ in range(len(choices))]
+        offsets = [0] * len(choices)  # in characters, of tokens with log-probabilities
         opened: set[int] = set()
         async with aclosing(choices.events()) as events:
             async for index, event in events:
@@ -169,7 +170,9 @@ class StreamedAnswer(Answer):
                     opening = self._writer.opening(index)
                     if opening:
                         yield sse(opening)
-                chunk = self._writer.chunk(index, event)
+                chunk = self._writer.chunk(index, event, offsets[index])
+                if isinstance(event, TextDelta):
+                    offsets[index] += self._writer.num_characters(event.logprobs)
                 if chunk:
                     yield sse(chunk)
         if self._include_usage:

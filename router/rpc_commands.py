@@ -18,6 +18,7 @@ from core.messages import (
 )
 from core.sampling import SamplingParams
 from core.ticket import CommitRecord, SegmentRecord, Ticket
+from penstock.v1 import inference_pb2
 from penstock.v1 import worker_pb2 as pb
 
 
@@ -106,6 +107,16 @@ def _sampling(sampling: SamplingParams) -> pb.EngineSampling:
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
         stop_token_ids=sampling.stop_token_ids,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=[inference_pb2.TokenBias(token_id=token_id, bias=bias) for token_id, bias in sampling.logit_bias],
+        bad_words=[inference_pb2.TokenIds(ids=word) for word in sampling.bad_words],
+        allowed_token_ids=sampling.allowed_token_ids,
+        grammar=sampling.grammar,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from core.errors import ErrorCode, PenstockError
 from core.kv_layout import KVLayout
+from core.logprobs import TokenLogprobs
 from core.messages import (
     Accepted,
     AttemptFailed,
@@ -115,6 +116,7 @@ def _load(load: pb.Load) -> Load:
         draining=load.draining,
         num_prefix_queries=load.num_prefix_queries,
         num_prefix_hits=load.num_prefix_hits,
+        mask_wait_s=load.mask_wait_s,
     )
 
 
@@ -124,6 +126,15 @@ def _prefilled(event: pb.Prefilled) -> Prefilled:
         first_token_id=event.first_token_id,
         finish=_finish(event.finish),
         record=_record(event.record) if event.HasField("record") else None,
+        logprobs=_logprobs(event.logprobs),
+        prompt_logprobs=_logprobs(event.prompt_logprobs),
+    )
+
+
+def _logprobs(told: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(t.token_id, t.logprob, t.rank, tuple(zip(t.top_token_ids, t.top_logprobs, strict=True)))
+        for t in told
     )
 
 
@@ -160,7 +171,10 @@ def _tokens(event: pb.StepTokens) -> StepTokens:
     return StepTokens(
         tuple(
             SequenceTokens(
-                (sequence.transfer_id, sequence.attempt), tuple(sequence.token_ids), _finish(sequence.finish)
+                (sequence.transfer_id, sequence.attempt),
+                tuple(sequence.token_ids),
+                _finish(sequence.finish),
+                _logprobs(sequence.logprobs),
             )
             for sequence in event.sequences
         )

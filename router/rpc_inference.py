@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from core.errors import InvalidRequestError
+from core.logprobs import TokenLogprobs
 from core.messages import WorkerRole
 from core.model_info import ModelInfo
 from core.request import FinishReason
@@ -19,6 +21,7 @@ from router.generation import Done, Started, TextDelta
 from router.info import ClusterInfo, PairInfo, WorkerInfo
 from router.validation import Chat, GenerateInput, Prompt, SamplingFields
 from text.chat_template import ChatMessage
+from text.grammar import JSON_OBJECT, Structure
 
 M = TypeVar("M", bound=Message)
 
@@ -31,13 +34,10 @@ _ROLES = {
     WorkerRole.DECODE: pb.WORKER_ROLE_DECODE,
     WorkerRole.MIXED: pb.WORKER_ROLE_MIXED,
 }
-_OPTIONAL_SAMPLING: tuple[Literal["temperature", "top_p", "top_k", "seed", "max_tokens", "min_tokens"], ...] = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-    "max_tokens",
-    "min_tokens",
+_OPTIONAL_SAMPLING = (
+    *("temperature", "top_p", "top_k", "seed", "max_tokens", "min_tokens", "min_p"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "logprobs", "prompt_logprobs"),
+    "skip_special_tokens",
 )
 
 
@@ -103,12 +103,30 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
 
 
 def _sampling(sampling: pb.SamplingParams) -> SamplingFields:
+    given: dict[str, Any] = {name: getattr(sampling, name) for name in _OPTIONAL_SAMPLING if sampling.HasField(name)}  # type: ignore[arg-type]
     return SamplingFields(
-        **{name: getattr(sampling, name) for name in _OPTIONAL_SAMPLING if sampling.HasField(name)},
+        **given,
         stop=tuple(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
+        logit_bias=tuple((bias.token_id, bias.bias) for bias in sampling.logit_bias),
+        bad_words=tuple(sampling.bad_words),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        include_stop_str_in_output=sampling.include_stop_str_in_output,
+        structure=_structure(sampling),
     )
+
+
+def _structure(sampling: pb.SamplingParams) -> Structure | None:
+    match kind := sampling.WhichOneof("structured_output"):
+        case "json_schema" | "regex" | "grammar":
+            return Structure(kind, getattr(sampling, kind), kind)
+        case "json_object":
+            return Structure("json_schema", JSON_OBJECT, kind) if sampling.json_object else None
+        case "choice":
+            return Structure(kind, json.dumps(list(sampling.choice.texts)), kind)
+        case _:
+            return None
 
 
 def to_started(started: Started) -> pb.GenerateResponse:
@@ -124,7 +142,8 @@ def to_started(started: Started) -> pb.GenerateResponse:
 
 def to_response(event: TextDelta | Done) -> pb.GenerateResponse:
     if isinstance(event, TextDelta):
-        return pb.GenerateResponse(delta=pb.Delta(token_ids=event.token_ids, text=event.text))
+        told = {"logprobs": map(_logprobs, event.logprobs), "prompt_logprobs": map(_logprobs, event.prompt_logprobs)}
+        return pb.GenerateResponse(delta=pb.Delta(token_ids=event.token_ids, text=event.text, **told))
     return pb.GenerateResponse(
         finished=pb.Finished(
             finish_reason=_FINISH_REASONS[event.finish_reason],
@@ -132,6 +151,16 @@ def to_response(event: TextDelta | Done) -> pb.GenerateResponse:
             num_output_tokens=event.num_output_tokens,
             stats=to_stats(event.stats),
         )
+    )
+
+
+def _logprobs(told: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        token_id=told.token_id,
+        logprob=told.logprob,
+        rank=told.rank,
+        top_token_ids=[token_id for token_id, _ in told.top],
+        top_logprobs=[logprob for _, logprob in told.top],
     )
 
 

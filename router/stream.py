@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.errors import PenstockError
+from core.logprobs import TokenLogprobs
 from core.request import FinishReason, Request
 from core.stats import RequestStats
 from router.info import ClusterInfo
@@ -15,10 +16,15 @@ from router.info import ClusterInfo
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """All tokens that came since the last delta; the one with a `finish_reason` is the last, and may have none."""
+    """All tokens that came since the last delta; the one with a `finish_reason` is the last, and may have none.
+
+    `logprobs` are one for each token, where they were asked for; `prompt_logprobs` come once, with the first token.
+    """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class RequestStream:
@@ -44,6 +50,8 @@ class RequestStream:
         self._on_cancel = on_cancel
         self._on_stop = on_stop
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
         self._finish_reason: FinishReason | None = None
         self._error: PenstockError | None = None
         self._ended = False  # the last delta was read
@@ -73,11 +81,20 @@ class RequestStream:
         self._ready.set()
         self._on_stop()
 
-    def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None = None) -> bool:
+    def push(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: FinishReason | None = None,
+        *,
+        logprobs: Sequence[TokenLogprobs] = (),
+        prompt_logprobs: Sequence[TokenLogprobs] = (),
+    ) -> bool:
         """Hand tokens to the reader; False, with nothing taken, where it is too far behind."""
         if len(self._token_ids) + len(token_ids) > self._max_buffered_tokens:
             return False
         self._token_ids.extend(token_ids)
+        self._logprobs.extend(logprobs)
+        self._prompt_logprobs.extend(prompt_logprobs)
         self._finish_reason = finish_reason
         self._ready.set()
         return True
@@ -87,8 +104,10 @@ class RequestStream:
         self._ready.set()
 
     def _take(self) -> TokenDelta:
-        delta = TokenDelta(tuple(self._token_ids), self._finish_reason)
-        self._token_ids.clear()
+        told = tuple(self._logprobs), tuple(self._prompt_logprobs)
+        delta = TokenDelta(tuple(self._token_ids), self._finish_reason, *told)
+        for pending in (self._token_ids, self._logprobs, self._prompt_logprobs):
+            pending.clear()
         self._ended = delta.finish_reason is not None
         return delta
 

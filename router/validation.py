@@ -16,11 +16,13 @@ from core.model_info import ModelInfo
 from core.request import Request
 from core.sampling import SamplingParams
 from text.chat_template import ChatMessage
+from text.grammar import GrammarCompiler, Structure
 from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 MAX_STOPS = 16
+MAX_BAD_WORDS = 256
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 1e-5
 """Below this, sampling is greedy."""
@@ -42,6 +44,18 @@ class SamplingFields:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +84,13 @@ class GenerateInput:
 
 @dataclass(frozen=True, slots=True)
 class ValidRequest:
-    """A request that may be queued. The router applies the stop strings, the workers all else."""
+    """A request that may be queued. The router makes the text and applies the stop strings, the workers all else."""
 
     request: Request
     stop: tuple[str, ...]
     timeout_s: float | None
+    skip_special_tokens: bool = True
+    include_stop: bool = False
 
 
 class Validator:
@@ -87,6 +103,7 @@ class Validator:
         self._model = model
         self._tokenizer = tokenizer
         self._draw_bits = draw_bits
+        self._grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
 
     def check_model(self, name: str) -> None:
         if name and name != self._model.name:
@@ -96,8 +113,12 @@ class Validator:
         """All that can be told without tokenizing, so that a bad request costs next to nothing."""
         self.check_model(wanted.model)
         self._sampling(wanted.sampling, max_tokens=self._model.max_model_len)
-        _check_stops(wanted.sampling.stop)
+        _check_texts("stop", wanted.sampling.stop, MAX_STOPS)
         self._check_token_ids("stop_token_ids", wanted.sampling.stop_token_ids)
+        self._check_token_ids("allowed_token_ids", wanted.sampling.allowed_token_ids)
+        self._check_token_ids("logit_bias", [token_id for token_id, _ in wanted.sampling.logit_bias])
+        _check_texts("bad_words", wanted.sampling.bad_words, MAX_BAD_WORDS)
+        _check_structure(wanted.sampling)
         _check_unicode("request_id", wanted.request_id)
         if len(wanted.request_id) > MAX_REQUEST_ID_LEN:
             raise InvalidRequestError(
@@ -128,7 +149,13 @@ class Validator:
                 self._check_token_ids("token_ids", prompt)
                 return list(prompt)
 
-    def finish(self, wanted: GenerateInput, prompt_token_ids: list[int], max_model_len: int | None) -> ValidRequest:
+    def compile(self, structure: Structure | None) -> str:
+        """The grammar of a structured output. May run in another thread: slow where it is large."""
+        return self._grammars.compile(structure) if structure else ""
+
+    def finish(
+        self, wanted: GenerateInput, prompt_token_ids: list[int], max_model_len: int | None, grammar: str = ""
+    ) -> ValidRequest:
         """Fits a checked, tokenized request into the model's length, or the workers' where they hold less."""
         limit = min(self._model.max_model_len, max_model_len or self._model.max_model_len)
         num_prompt = len(prompt_token_ids)
@@ -143,9 +170,13 @@ class Validator:
             fix = f"must be at most {left}: the prompt has {num_prompt} tokens and max_model_len is {limit}"
             raise InvalidRequestError("max_tokens", max_tokens, fix)
         default = min(left, wanted.default_max_tokens or left)
-        sampling = self._sampling(wanted.sampling, max_tokens=default)
+        fields = wanted.sampling
+        sampling = replace(
+            self._sampling(fields, max_tokens=default), grammar=grammar, bad_words=self._bad_words(fields.bad_words)
+        )
         request_id = wanted.request_id or f"{self._draw_bits(128):032x}"
-        return ValidRequest(Request(request_id, prompt_token_ids, sampling), wanted.sampling.stop, wanted.timeout_s)
+        shown = fields.skip_special_tokens, fields.include_stop_str_in_output
+        return ValidRequest(Request(request_id, prompt_token_ids, sampling), fields.stop, wanted.timeout_s, *shown)
 
     def _sampling(self, fields: SamplingFields, *, max_tokens: int) -> SamplingParams:
         """The client's word, else generation_config.json's, else `max_tokens`, a drawn seed, and plain sampling."""
@@ -160,6 +191,14 @@ class Validator:
             seed=self._draw_bits(64) if fields.seed is None else fields.seed,
             min_tokens=_first(fields.min_tokens, 0),
             stop_token_ids=tuple(dict.fromkeys((*fields.stop_token_ids, *eos))),
+            min_p=_first(fields.min_p, 0.0),
+            repetition_penalty=_first(fields.repetition_penalty, defaults.repetition_penalty, 1.0),
+            frequency_penalty=_first(fields.frequency_penalty, 0.0),
+            presence_penalty=_first(fields.presence_penalty, 0.0),
+            logit_bias=fields.logit_bias,
+            allowed_token_ids=fields.allowed_token_ids,
+            logprobs=fields.logprobs,
+            prompt_logprobs=fields.prompt_logprobs,
         )
         if params.temperature > MAX_TEMPERATURE:
             raise InvalidRequestError("temperature", params.temperature, f"must be at most {MAX_TEMPERATURE}")
@@ -170,6 +209,12 @@ class Validator:
             top_p=max(params.top_p, MIN_TOP_P),
             top_k=min(params.top_k, self._model.vocab_size),
         )
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each as it begins a text, and as it follows a space."""
+        texts = [text for word in words for text in (word, f" {word.lstrip(' ')}")]
+        found = dict.fromkeys(tuple(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        return tuple(token_ids for token_ids in found if token_ids)
 
     def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
         size = self._model.vocab_size
@@ -182,13 +227,25 @@ def _first(*values: T | None) -> T:
     return next(value for value in values if value is not None)
 
 
-def _check_stops(stops: Sequence[str]) -> None:
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequestError("stop", f"{len(stops)} strings", f"must be at most {MAX_STOPS}")
-    for i, stop in enumerate(stops):
-        if not stop:
-            raise InvalidRequestError(f"stop[{i}]", stop, "must not be empty")
-        _check_unicode(f"stop[{i}]", stop)
+def _check_texts(field: str, texts: Sequence[str], limit: int) -> None:
+    if len(texts) > limit:
+        raise InvalidRequestError(field, f"{len(texts)} strings", f"must be at most {limit}")
+    for i, text in enumerate(texts):
+        if not text:
+            raise InvalidRequestError(f"{field}[{i}]", text, "must not be empty")
+        _check_unicode(f"{field}[{i}]", text)
+
+
+def _check_structure(fields: SamplingFields) -> None:
+    """What would keep a structured output from its end."""
+    if fields.structure is None:
+        return
+    _check_unicode(fields.structure.field, fields.structure.text)
+    if fields.ignore_eos:
+        raise InvalidRequestError("ignore_eos", True, "must be false with structured output, which ends itself")
+    if fields.min_tokens:
+        fix = "must be 0 with structured output, which ends itself"
+        raise InvalidRequestError("min_tokens", fields.min_tokens, fix)
 
 
 def _check_unicode(field: str, text: str) -> None:

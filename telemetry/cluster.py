@@ -23,6 +23,7 @@ class WorkerSample:
     num_preemptions: int = 0
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
+    mask_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,12 @@ class ClusterCollector(Collector):
             for worker in sample.workers:
                 counter.add_metric([worker.worker], count(worker))
             yield counter
+        waited = CounterMetricFamily(
+            "penstock_worker_mask_wait_seconds", "Steps waited for the token masks of grammars", labels=["worker"]
+        )
+        for worker in sample.workers:
+            waited.add_metric([worker.worker], worker.mask_wait_s)
+        yield waited
         for name, text, value in _WORKER_GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["worker"])
             for worker in sample.workers:

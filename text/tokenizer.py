@@ -39,6 +39,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         special = [token_id for token_id, token in added.items() if token.special]
         self._pieces = Pieces(backend.id_to_token, decoder, special)
+        self._all_pieces = Pieces(backend.id_to_token, decoder, ())
         self._special_ids = frozenset(special)
         # Where the config says what to add, that replaces what tokenizer.json would add.
         self._config_decides = "add_bos_token" in config or "add_eos_token" in config
@@ -69,6 +70,10 @@ class Tokenizer:
         """Tokens it knows, added ones included; a model's own `vocab_size` may be larger."""
         return self._backend.get_vocab_size()
 
+    def to_json(self) -> str:
+        """The tokenizer.json that it is made of."""
+        return self._backend.to_str()
+
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
@@ -87,10 +92,14 @@ class Tokenizer:
             )
         return self._chat_template.render(messages)
 
-    def detokenizer(self, prompt_token_ids: Iterable[int] = ()) -> Detokenizer:
+    def detokenizer(self, prompt_token_ids: Iterable[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
         """For tokens that go on after a prompt, or for a whole text where there is none."""
         strip = self._pieces.leading_space and all(token_id in self._special_ids for token_id in prompt_token_ids)
-        return Detokenizer(self._pieces, strip_leading_space=strip)
+        return Detokenizer(self._pieces if skip_special_tokens else self._all_pieces, strip_leading_space=strip)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of one token, or part of a character's; a special token's name."""
+        return self._all_pieces[token_id]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a whole sequence; special tokens have none."""

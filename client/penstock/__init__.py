@@ -22,6 +22,7 @@ from penstock.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from penstock.sampling import Sampling
 from penstock.types import (
     Delta,
     FinishReason,
@@ -30,6 +31,7 @@ from penstock.types import (
     PairInfo,
     ServerInfo,
     Stats,
+    TokenLogprobs,
     Usage,
     WorkerInfo,
     WorkerRole,
@@ -53,8 +55,10 @@ __all__ = [
     "PairInfo",
     "PenstockError",
     "RequestCancelledError",
+    "Sampling",
     "ServerInfo",
     "Stats",
+    "TokenLogprobs",
     "UnavailableError",
     "Usage",
     "WorkerInfo",

@@ -7,7 +7,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, Unpack
 
 import grpc
 
@@ -15,8 +15,9 @@ from penstock.errors import InvalidRequestError, PenstockError
 from penstock.progress import Progress
 from penstock.retry import RetryPolicy
 from penstock.rpc import generate_request
+from penstock.sampling import Sampling, checked
 from penstock.status import error_from
-from penstock.types import FinishReason, Message, Stats, Usage
+from penstock.types import FinishReason, Message, Stats, TokenLogprobs, Usage
 from penstock.v1.inference_pb2 import GenerateRequest
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -34,6 +35,16 @@ class GenerationBase:
     def token_ids(self) -> tuple[int, ...]:
         """The output tokens that have come."""
         return tuple(self._progress.token_ids)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """One for each of `token_ids`, where they were asked for."""
+        return tuple(self._progress.logprobs)
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """One for each of the prompt's tokens from the second on, where they were asked for."""
+        return tuple(self._progress.prompt_logprobs)
 
     @property
     def request_id(self) -> str | None:
@@ -123,32 +134,22 @@ class ClientBase(ABC, Generic[G_co]):
         token_ids: Iterable[int] | None = None,
         messages: Iterable[Message | Mapping[str, str]] | None = None,
         model: str = "",
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        min_tokens: int | None = None,
-        stop: str | Iterable[str] | None = None,
-        stop_token_ids: Iterable[int] | None = None,
-        ignore_eos: bool | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
+        **sampling: Unpack[Sampling],
     ) -> G_co:
         """Start to generate from exactly one of `prompt`, `token_ids` and `messages` (a chat).
 
-        What is not given, the model's own defaults decide. `temperature` 0 is greedy; the text ends before the first
-        of `stop`; `request_id` makes the generation known to `cancel`; an empty `model` is the one that is served.
+        `sampling` are the options of `Sampling`; what is not given, the model's own defaults decide. `temperature` 0 is
+        greedy; the text ends before the first of `stop`. `request_id` makes the generation known to `cancel`; an empty
+        `model` is the one that is served.
         Raises `InvalidRequestError` here for what can't be sent; all other errors come out of the generation.
         """
-        sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        stops = [stop] if isinstance(stop, str) else stop
-        ending = {"min_tokens": min_tokens, "stop": stops, "stop_token_ids": stop_token_ids, "ignore_eos": ignore_eos}
         limit_s = self.timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
         request = generate_request(
             {"prompt": prompt, "token_ids": token_ids, "messages": messages},
             {"model": model, "request_id": request_id, "timeout_s": timeout_s if limit_s < math.inf else None},
-            sampling | ending,
+            checked(sampling),
         )
         progress = Progress(
             request.request_id, target=self.target, timeout_s=limit_s, retry=self._retry, clock=self._clock

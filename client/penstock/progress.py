@@ -12,7 +12,7 @@ from penstock.errors import InternalError, PenstockError, RequestCancelledError,
 from penstock.retry import RetryPolicy
 from penstock.rpc import Event, Finished, Started
 from penstock.status import error_from
-from penstock.types import Delta
+from penstock.types import Delta, TokenLogprobs
 
 
 class Progress:
@@ -29,6 +29,8 @@ class Progress:
     ) -> None:
         self.token_ids: list[int] = []
         self.texts: list[str] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.started: Started | None = None
         self.finished: Finished | None = None
         self._request_id = request_id
@@ -66,6 +68,8 @@ class Progress:
             case Delta():
                 self.token_ids.extend(event.token_ids)
                 self.texts.append(event.text)
+                self.logprobs.extend(event.logprobs)
+                self.prompt_logprobs.extend(event.prompt_logprobs)
                 return event
             case Started():
                 self.started = event

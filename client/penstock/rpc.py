@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, MutableSequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ from penstock.types import (
     PairInfo,
     ServerInfo,
     Stats,
+    TokenLogprobs,
     Usage,
     WorkerInfo,
     WorkerRole,
@@ -82,7 +84,7 @@ def generate_request(
     for wire, values in ((request, header), (request.sampling, sampling)):
         for field, value in values.items():
             if value is not None:
-                _set(wire, field, value)
+                _set(wire, field, _wire_value(field, value))
     return request
 
 
@@ -98,10 +100,28 @@ def _set_messages(wire: pb.Messages, messages: object) -> None:
             _set(added, key, value, name="messages")
 
 
+def _wire_value(field: str, value: Any) -> Any:
+    """Python's form of a field that has a message type of its own on the wire."""
+    try:
+        match field:
+            case "logit_bias":
+                return [pb.TokenBias(token_id=token_id, bias=bias) for token_id, bias in dict(value).items()]
+            case "choice":
+                return pb.Choices(texts=value)
+            case "json_schema":
+                return value if isinstance(value, str) else json.dumps(value)
+            case _:
+                return value
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"{field}: got {_shorten(value)}: {error}", field) from error
+
+
 def _set(wire: WireMessage, field: str, value: Any, name: str | None = None) -> None:
     try:
         if isinstance(getattr(wire, field), MutableSequence):
             getattr(wire, field).extend(value)
+        elif isinstance(value, WireMessage):
+            getattr(wire, field).CopyFrom(value)
         else:
             setattr(wire, field, value)
     except (TypeError, ValueError) as error:
@@ -118,7 +138,9 @@ def event_of(response: pb.GenerateResponse) -> Event | None:
     """None for an event that this version of the SDK does not know."""
     match response.WhichOneof("event"):
         case "delta":
-            return Delta(tuple(response.delta.token_ids), response.delta.text)
+            wire_delta = response.delta
+            told = _logprobs(wire_delta.logprobs), _logprobs(wire_delta.prompt_logprobs)
+            return Delta(tuple(wire_delta.token_ids), wire_delta.text, *told)
         case "started":
             return _read(response.started, Started)
         case "finished":
@@ -127,6 +149,13 @@ def event_of(response: pb.GenerateResponse) -> Event | None:
             return Finished(reason, _read(wire, Usage), _read(wire.stats, Stats))
         case _:
             return None
+
+
+def _logprobs(wire: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(t.token_id, t.logprob, t.rank, tuple(zip(t.top_token_ids, t.top_logprobs, strict=False)))
+        for t in wire
+    )
 
 
 def model_description(wire: pb.GetModelResponse) -> ModelDescription:

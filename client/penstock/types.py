@@ -35,11 +35,30 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token and the best ones in its place, by the model's own distribution: before any sampling parameter.
+
+    `rank` is 1 for the best token. `top` are the best and their log-probabilities, best first, as many as asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """The tokens of one or more steps. `text` holds whole characters only, so it may lag behind `token_ids`."""
+    """The tokens of one or more steps. `text` holds whole characters only, so it may lag behind `token_ids`.
+
+    Where they were asked for, `logprobs` are one for each token, and `prompt_logprobs` come with the first: one for
+    each of the prompt's tokens from the second on.
+    """
 
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def __str__(self) -> str:
         return self.text

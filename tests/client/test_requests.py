@@ -43,6 +43,17 @@ def test_every_option_arrives_under_its_own_name(sdk: Sdk, server: FakeServer) -
         stop=["\n", "水"],
         stop_token_ids=(4, 5),
         ignore_eos=True,
+        min_p=0.5,
+        repetition_penalty=1.5,
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        logit_bias={7: 2.5},
+        bad_words=["no"],
+        allowed_token_ids=[8, 9],
+        logprobs=3,
+        prompt_logprobs=0,
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
         timeout_s=30,
         request_id="mine",
     )
@@ -56,8 +67,42 @@ def test_every_option_arrives_under_its_own_name(sdk: Sdk, server: FakeServer) -
         stop=["\n", "水"],
         stop_token_ids=[4, 5],
         ignore_eos=True,
+        min_p=0.5,
+        repetition_penalty=1.5,
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        logit_bias=[pb.TokenBias(token_id=7, bias=2.5)],
+        bad_words=["no"],
+        allowed_token_ids=[8, 9],
+        logprobs=3,
+        prompt_logprobs=0,
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
     )
     assert request == pb.GenerateRequest(prompt="hi", model="tiny", request_id="mine", timeout_s=30, sampling=sampling)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wire"),
+    [
+        ("json_schema", {"type": "object"}, {"json_schema": '{"type": "object"}'}),
+        ("json_schema", '{"type": "string"}', {"json_schema": '{"type": "string"}'}),
+        ("json_object", True, {"json_object": True}),
+        ("regex", "a+", {"regex": "a+"}),
+        ("choice", ["a", "b"], {"choice": pb.Choices(texts=["a", "b"])}),
+        ("grammar", "start: /a/", {"grammar": "start: /a/"}),
+    ],
+)
+def test_each_structure_has_its_field(sdk: Sdk, server: FakeServer, option: str, value: object, wire: Any) -> None:
+    options: Any = {option: value}
+    assert sent(sdk, server, **options).sampling == pb.SamplingParams(**wire)
+
+
+def test_two_structures_or_an_unknown_option_are_refused(sdk: Sdk, server: FakeServer) -> None:
+    with pytest.raises(InvalidRequestError, match="regex: must be left out where json_object is given"):
+        sent(sdk, server, json_object=True, regex="a")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        sent(sdk, server, temprature=1)
 
 
 def test_one_stop_string_needs_no_list(sdk: Sdk, server: FakeServer) -> None:

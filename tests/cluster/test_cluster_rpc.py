@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster import rpc
 from core.errors import InvalidRequestError
+from core.logprobs import TokenLogprobs
 from core.messages import Command, Event, Load, SequenceTokens, StepTokens, WorkerHello, WorkerRole
 from core.request import FinishReason
 from core.sampling import SamplingParams
@@ -31,6 +32,11 @@ def values(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
     """Any value of the type that the wire can carry."""
     if hint is SamplingParams:
         return sampling_params()
+    if hint is TokenLogprobs:
+        number, token_id = st.floats(width=32, allow_nan=False), values(int)
+        return st.builds(
+            TokenLogprobs, token_id, number, token_id, st.lists(st.tuples(token_id, number), max_size=3).map(tuple)
+        )
     if dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
         kind: Any = hint
@@ -59,14 +65,26 @@ def values(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
 def sampling_params(draw: st.DrawFn) -> SamplingParams:
     """All that are valid, with the single precision that the router leaves them."""
     max_tokens = draw(st.integers(1, 2**32 - 1))
+    ids, tops = values(tuple[int, ...]), st.none() | st.integers(0, 20)
+    grammar = draw(st.text(max_size=9))
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=draw(st.floats(0, 100, width=32)),
         top_p=draw(st.floats(0, 1, width=32, exclude_min=True)),
         top_k=draw(st.integers(0, 2**31 - 1)),
         seed=draw(st.integers(0, 2**64 - 1)),
-        min_tokens=draw(st.integers(0, max_tokens)),
-        stop_token_ids=draw(values(tuple[int, ...])),
+        min_tokens=0 if grammar else draw(st.integers(0, max_tokens)),
+        stop_token_ids=draw(ids),
+        min_p=draw(st.floats(0, 1, width=32)),
+        repetition_penalty=draw(st.floats(0, 10, width=32, exclude_min=True)),
+        frequency_penalty=draw(st.floats(-2, 2, width=32)),
+        presence_penalty=draw(st.floats(-2, 2, width=32)),
+        logit_bias=draw(st.lists(st.tuples(values(int), st.floats(-100, 100, width=32)), max_size=3).map(tuple)),
+        bad_words=draw(st.lists(ids.filter(bool), max_size=3).map(tuple)),
+        allowed_token_ids=draw(ids),
+        grammar=grammar,
+        logprobs=draw(tops),
+        prompt_logprobs=draw(tops),
     )
 
 

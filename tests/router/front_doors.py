@@ -14,6 +14,7 @@ import grpc.aio
 
 from core.clock import ManualClock
 from core.errors import PenstockError, RequestCancelledError
+from core.logprobs import TokenLogprobs
 from core.model_info import ModelInfo, SamplingDefaults
 from core.request import FinishReason, Request
 from core.stats import RequestStats
@@ -86,8 +87,15 @@ class ScriptedDispatcher:
         )
         running = Running(request, stream, timeout_s)
         self.running.append(running)
+        prompt = [TokenLogprobs(token_id, -3.0, 9) for token_id in request.prompt_token_ids[1:]]
         for token_id in self.tokenizer.encode(self.reply):
-            running.push(token_id)
+            told = TokenLogprobs(token_id, -0.5, 2, ((5, -0.25), (token_id, -0.5))[: request.sampling.logprobs])
+            stream.push(
+                (token_id,),
+                logprobs=[told] if request.sampling.logprobs is not None else [],
+                prompt_logprobs=prompt if request.sampling.prompt_logprobs is not None else [],
+            )
+            prompt = []
         if self.error:
             stream.fail(self.error)
         elif self.finish:

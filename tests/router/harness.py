@@ -7,7 +7,8 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from core.events import LifecycleEvent
 from core.messages import WorkerRole
@@ -112,9 +113,9 @@ class Harness:
         *,
         request_id: str | None = None,
         timeout_s: float | None = WAIT_S,
-        stop_token_ids: tuple[int, ...] = (),
+        **changes: Any,
     ) -> RequestStream:
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=7, stop_token_ids=stop_token_ids)
+        sampling = replace(SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=7), **changes)
         request = Request(request_id or f"r{next(self._ids)}", list(prompt), sampling)
         return self.dispatcher.submit(request, timeout_s=timeout_s)
 

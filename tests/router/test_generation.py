@@ -3,10 +3,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
 from core.errors import InvalidRequestError, OverloadedError, RequestCancelledError, UnavailableError
+from core.logprobs import TokenLogprobs
 from core.request import FinishReason
 from router.generation import Done, Generation, TextDelta
 from router.validation import GenerateInput, SamplingFields
@@ -219,3 +221,38 @@ async def test_a_long_prompt_is_tokenized_beside_the_loop_and_a_short_one_in_it(
     await doors.generator.prepare(GenerateInput("short"))
     await doors.generator.prepare(GenerateInput("long " * 1000))
     assert [thread == threading.get_ident() for thread in threads] == [True, False]
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "the "), (True, "the pi")])
+async def test_a_stop_string_is_part_of_the_text_where_it_is_asked_for(
+    doors: FrontDoors, include: bool, text: str
+) -> None:
+    generation, running = await begin(doors, stop=("pi",), include_stop_str_in_output=include)
+    running.push(*doors.tokenizer.encode("the pipe"))
+    assert (await read(generation))[0] == text
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [({}, "a"), ({"skip_special_tokens": False}, "<|user|>a"), ({"include_stop_str_in_output": True}, "a")],
+)
+async def test_special_tokens_have_text_where_it_is_asked_for(doors: FrontDoors, shown: Any, text: str) -> None:
+    generation, running = await begin(doors, **shown)
+    running.push(2, *doors.tokenizer.encode("a"), END_OF_TEXT, finish=FinishReason.STOP)
+    assert (await read(generation))[0] == text
+
+
+async def test_an_end_token_has_text_where_both_are_asked_for(doors: FrontDoors) -> None:
+    generation, running = await begin(doors, skip_special_tokens=False, include_stop_str_in_output=True)
+    running.push(*doors.tokenizer.encode("a"), END_OF_TEXT, finish=FinishReason.STOP)
+    assert (await read(generation))[0] == "a</s>"
+
+
+async def test_log_probabilities_end_with_the_tokens_they_are_of(doors: FrontDoors) -> None:
+    generation, running = await begin(doors, stop=("th",), logprobs=0)
+    tokens = doors.tokenizer.encode("the pipe")
+    told = tuple(TokenLogprobs(token_id, -1.0, 1) for token_id in tokens)
+    running.stream.push(tokens, logprobs=told)
+    delta = await next_delta(generation)
+    assert delta.logprobs == told[: len(delta.token_ids)]
+    assert len(delta.token_ids) < len(tokens)

@@ -247,3 +247,56 @@ def sync_calls(base_url: str) -> list[object]:
 async def test_the_synchronous_client(base_url: str, doors: FrontDoors) -> None:
     call: Callable[[str], list[object]] = sync_calls
     assert await anyio.to_thread.run_sync(call, base_url) == ["the pipe", "the pipe", "prompt"]
+
+
+async def test_chat_log_probabilities(doors: FrontDoors, client: openai.AsyncOpenAI) -> None:
+    wanted: Any = {"model": "tiny", "messages": HI, "logprobs": True, "top_logprobs": 2}
+    answer = await client.chat.completions.create(**wanted)
+    tokens = doors.tokenizer.encode("the pipe")
+    assert answer.choices[0].logprobs is not None
+    content = answer.choices[0].logprobs.content
+    assert content is not None
+    assert "".join(each.token for each in content) == "the pipe"
+    assert [bytes(each.bytes or []) for each in content] == [doors.tokenizer.token_bytes(token) for token in tokens]
+    assert {(each.logprob, len(each.top_logprobs), each.top_logprobs[0].logprob) for each in content} == {
+        (-0.5, 2, -0.25)
+    }
+    streamed = []
+    async for chunk in await client.chat.completions.create(**wanted, stream=True):
+        streamed += [t for c in chunk.choices if c.logprobs for t in c.logprobs.content or []]
+    assert streamed == content
+
+
+async def test_completion_log_probabilities(doors: FrontDoors, client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(
+        model="tiny", prompt="the pipe", logprobs=1, extra_body={"prompt_logprobs": 0}
+    )
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert told.tokens is not None
+    assert "".join(told.tokens) == "the pipe"
+    assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(len(told.tokens))]
+    assert told.token_logprobs == [-0.5] * len(told.tokens)
+    best = doors.tokenizer.token_bytes(5).decode()
+    assert told.top_logprobs == [{best: -0.25, token: -0.5} for token in told.tokens]
+    prompt: Any = answer.choices[0].to_dict()["prompt_logprobs"]
+    prompt_ids = doors.dispatcher.running[0].request.prompt_token_ids
+    assert prompt[0] is None
+    assert [next(iter(place)) for place in prompt[1:]] == [str(token_id) for token_id in prompt_ids[1:]]
+    assert prompt[1][str(prompt_ids[1])]["rank"] == 9
+    offsets: list[int] = []
+    async for chunk in await client.completions.create(model="tiny", prompt="the pipe", logprobs=1, stream=True):
+        offsets += [offset for c in chunk.choices if c.logprobs for offset in c.logprobs.text_offset or []]
+    assert offsets == told.text_offset
+
+
+async def test_a_schema_is_compiled_and_a_bad_one_refused(doors: FrontDoors, client: openai.AsyncOpenAI) -> None:
+    def wanted(schema: dict[str, object]) -> Any:
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return {"model": "tiny", "messages": HI, "response_format": form}
+
+    await client.chat.completions.create(**wanted({"type": "object"}))
+    assert "json_schema" in doors.dispatcher.running[0].request.sampling.grammar
+    with pytest.raises(openai.BadRequestError, match="Invalid type: wat") as refused:
+        await client.chat.completions.create(**wanted({"type": "wat"}))
+    assert refused.value.param == "response_format.json_schema.schema"

@@ -32,7 +32,30 @@ def test_every_sampling_field_reaches_the_neutral_input() -> None:
         "min_tokens": 2,
     }
     fields |= {"stop": ["x", "y"], "stop_token_ids": [8, 9], "ignore_eos": True}
-    expected = SamplingFields(0.5, 0.75, 3, 4, 5, 2, ("x", "y"), (8, 9), ignore_eos=True)
+    fields |= {"min_p": 0.1, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": -0.4}
+    fields |= {"logit_bias": {"7": 2}, "bad_words": ["no"], "allowed_token_ids": [5, 6], "prompt_logprobs": 1}
+    fields |= {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    expected = SamplingFields(
+        0.5,
+        0.75,
+        3,
+        4,
+        5,
+        2,
+        ("x", "y"),
+        (8, 9),
+        ignore_eos=True,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        frequency_penalty=0.3,
+        presence_penalty=-0.4,
+        logit_bias=((7, 2),),
+        bad_words=("no",),
+        allowed_token_ids=(5, 6),
+        prompt_logprobs=1,
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
+    )
     assert completion(model="m", **fields) == [GenerateInput("a", expected, "m", default_max_tokens=16)]
     assert chat(**fields) == [GenerateInput(Chat((ChatMessage("user", "hi"),)), expected)]
 
@@ -186,15 +209,10 @@ def test_what_would_change_the_output_is_refused_by_name_unless_it_is_set_to_cha
 @pytest.mark.parametrize(
     ("name", "value", "parse"),
     [
-        ("logprobs", 0, completion),
-        ("logprobs", True, chat),
         ("echo", True, completion),
         ("best_of", 2, completion),
         ("suffix", "x", completion),
         ("tools", [{"type": "function"}], chat),
-        ("response_format", {"type": "json_schema"}, chat),
-        ("presence_penalty", 0.5, chat),
-        ("logit_bias", {"5": 1}, completion),
     ],
 )
 def test_known_features_that_are_missing_are_refused(name: str, value: object, parse: Any) -> None:
@@ -226,3 +244,68 @@ def test_a_missing_field_is_named() -> None:
         parse_body(CompletionBody, b"{}")
     with pytest.raises(InvalidRequestError, match="messages: got None, field required"):
         parse_body(ChatBody, b"{}")
+
+
+def test_log_probabilities_are_asked_for_as_each_endpoint_has_it() -> None:
+    def asked(inputs: list[GenerateInput]) -> int | None:
+        return inputs[0].sampling.logprobs
+
+    assert [asked(completion()), asked(completion(logprobs=0)), asked(completion(logprobs=3))] == [None, 0, 3]
+    assert [asked(chat(logprobs=False)), asked(chat(logprobs=True))] == [None, 0]
+    assert asked(chat(logprobs=True, top_logprobs=4)) == 4
+    with pytest.raises(InvalidRequestError, match="top_logprobs: got 4, must be left out unless logprobs is true"):
+        chat(top_logprobs=4)
+    with pytest.raises(InvalidRequestError, match="prompt_logprobs: got 1, must be left out where stream is true"):
+        completion(prompt_logprobs=1, stream=True)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_schema", '{"type": "object"}'),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, "json_schema", SCHEMA),
+        ({"guided_json": SCHEMA}, "json_schema", SCHEMA),
+        ({"guided_json": json.dumps(SCHEMA)}, "json_schema", SCHEMA),
+        ({"guided_regex": "a+"}, "regex", "a+"),
+        ({"guided_choice": ["a", "b"]}, "choice", ["a", "b"]),
+        ({"guided_grammar": "start: /a/"}, "grammar", "start: /a/"),
+        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", SCHEMA),
+        ({"structured_outputs": {"json_object": True}}, "json_schema", {"type": "object"}),
+        ({"structured_outputs": {"regex": "a+", "choice": None}}, "regex", "a+"),
+    ],
+)
+def test_structured_output_may_be_asked_for_in_many_ways(fields: dict[str, Any], kind: str, text: object) -> None:
+    for parse in (completion, chat):
+        structure = parse(**fields)[0].sampling.structure
+        assert structure is not None
+        assert structure.kind == kind
+        assert structure.text == text or json.loads(structure.text) == text
+
+
+@pytest.mark.parametrize(
+    "fields", [{"response_format": {"type": "text"}}, {"structured_outputs": {}}, {"guided_json": None}]
+)
+def test_plain_text_is_no_structure(fields: dict[str, Any]) -> None:
+    assert chat(**fields)[0].sampling.structure is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"guided_choice": [1]}, "guided_choice[0]"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml"),
+        ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ],
+)
+def test_what_is_asked_for_in_no_known_way_is_refused(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        chat(**fields)
+    assert error.value.field == field

@@ -51,6 +51,21 @@ async def test_a_resumed_prompt_ends_with_what_was_streamed() -> None:
         await world.idle()
 
 
+async def test_log_probabilities_of_the_prompt_are_asked_for_until_they_were_told() -> None:
+    async with pair_of_workers() as (world, prefill, decode):
+        decode.script.steps = 4
+        prefill.script.fail["prefill"] = 1
+        stream = world.submit(PROMPT, 20, logprobs=0, prompt_logprobs=2)
+        await read_some(stream, 5)
+        decode.script.fail["tokens"] = 1
+        decode.resume("tokens")
+        await read(stream)
+        asked = [job.work.sampling for job in prefill.commands("prefill")]
+        assert [each.HasField("prompt_logprobs") for each in asked] == [True, True, False]
+        assert all(each.HasField("logprobs") for each in asked)
+        await world.idle()
+
+
 @pytest.mark.parametrize("stage", ["reserve", "prefill", "accept", "tokens"])
 async def test_a_failure_in_any_stage_is_retried_and_frees_the_other_side(stage: str) -> None:
     async with pair_of_workers() as (world, prefill, decode):

@@ -54,7 +54,14 @@ WIRE_WORK = pb.Work(
     token_ids=[1, 2, 3],
     num_prompt_tokens=2,
     sampling=pb.EngineSampling(
-        temperature=0.5, top_p=0.25, top_k=3, seed=2**64 - 1, max_tokens=9, min_tokens=2, stop_token_ids=[4, 5]
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        seed=2**64 - 1,
+        max_tokens=9,
+        min_tokens=2,
+        stop_token_ids=[4, 5],
+        repetition_penalty=1,
     ),
 )
 RECORD = CommitRecord((SegmentRecord(Segment(1, 2, 3, 4, 5, 6, 7), 8, 2**64 - 1),), 10, 11, b"hash")

@@ -15,6 +15,9 @@ from core.sampling import SamplingParams
 from router.validation import Chat, GenerateInput, Prompt, SamplingFields, ValidRequest
 from tests.router.front_doors import END_OF_TEXT, FrontDoors, front_doors
 from text.chat_template import ChatMessage
+from text.grammar import Structure
+
+REGEX = Structure("regex", "a+", "regex")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,18 @@ def chat(*turns: tuple[str, str]) -> Chat:
             {"max_tokens": 127, "prompt": (5, 6)},
         ),
         ("min_tokens", r"\[0, max_tokens = 4\]", {"max_tokens": 4, "min_tokens": 5}),
+        ("min_p", r"in \[0, 1\]", {"min_p": 1.5}),
+        ("repetition_penalty", r"in \(0, 10.0\]", {"repetition_penalty": 0.0}),
+        ("frequency_penalty", r"in \[-2, 2\]", {"frequency_penalty": 2.5}),
+        ("presence_penalty", r"in \[-2, 2\]", {"presence_penalty": float("nan")}),
+        ("logit_bias", r"in \[-100, 100\]", {"logit_bias": ((3, 101.0),)}),
+        ("logit_bias[0]", "must be a token id below", {"logit_bias": ((10**6, 1.0),)}),
+        ("allowed_token_ids[0]", "must be a token id below", {"allowed_token_ids": (10**6,)}),
+        ("bad_words[0]", "must not be empty", {"bad_words": ("",)}),
+        ("logprobs", r"in \[0, 20\]", {"logprobs": 21}),
+        ("prompt_logprobs", r"in \[0, 20\]", {"prompt_logprobs": -1}),
+        ("ignore_eos", "must be false with structured output", {"structure": REGEX, "ignore_eos": True}),
+        ("min_tokens", "must be 0 with structured output", {"structure": REGEX, "min_tokens": 1}),
         ("stop[1]", "must not be empty", {"stop": ("a", "")}),
         ("stop", "must be at most 16", {"stop": tuple("abcdefghijklmnopq")}),
         ("stop[0]", "lone surrogate at character 1", {"stop": ("a\ud800",)}),
@@ -183,3 +198,9 @@ def test_any_input_is_either_refused_by_field_or_fits_the_wire(
     assert request.num_tokens + request.sampling.max_tokens <= 128
     assert all(0 <= token_id < doors.model.vocab_size for token_id in request.prompt_token_ids)
     assert 0 <= request.sampling.top_k < 2**31
+
+
+def test_bad_words_are_forbidden_at_the_start_and_after_a_space(doors: FrontDoors) -> None:
+    words = validate(doors, bad_words=("pipe",)).request.sampling.bad_words
+    encode = doors.tokenizer.encode
+    assert set(words) == {tuple(encode(text, add_special_tokens=False)) for text in ("pipe", " pipe")}

@@ -247,6 +247,7 @@ class Load(google.protobuf.message.Message):
     DRAINING_FIELD_NUMBER: builtins.int
     NUM_PREFIX_QUERIES_FIELD_NUMBER: builtins.int
     NUM_PREFIX_HITS_FIELD_NUMBER: builtins.int
+    MASK_WAIT_S_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_held: builtins.int
@@ -260,6 +261,8 @@ class Load(google.protobuf.message.Message):
     """prompt tokens looked up in the prefix cache"""
     num_prefix_hits: builtins.int
     """and found there"""
+    mask_wait_s: builtins.float
+    """steps waited for the token masks of grammars, in all"""
     def __init__(
         self,
         *,
@@ -272,8 +275,9 @@ class Load(google.protobuf.message.Message):
         draining: builtins.bool = ...,
         num_prefix_queries: builtins.int = ...,
         num_prefix_hits: builtins.int = ...,
+        mask_wait_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_prefix_hits", b"num_prefix_hits", "num_prefix_queries", b"num_prefix_queries", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "mask_wait_s", b"mask_wait_s", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_prefix_hits", b"num_prefix_hits", "num_prefix_queries", b"num_prefix_queries", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
 
@@ -466,16 +470,40 @@ class EngineSampling(google.protobuf.message.Message):
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     MIN_TOKENS_FIELD_NUMBER: builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    MIN_P_FIELD_NUMBER: builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: builtins.int
+    BAD_WORDS_FIELD_NUMBER: builtins.int
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     top_p: builtins.float
     top_k: builtins.int
     seed: builtins.int
     max_tokens: builtins.int
     min_tokens: builtins.int
+    min_p: builtins.float
+    repetition_penalty: builtins.float
+    frequency_penalty: builtins.float
+    presence_penalty: builtins.float
+    grammar: builtins.str
+    """in llguidance's format"""
+    logprobs: builtins.int
+    prompt_logprobs: builtins.int
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """end-of-sequence tokens included"""
 
+    @property
+    def logit_bias(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[penstock.v1.inference_pb2.TokenBias]: ...
+    @property
+    def bad_words(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[penstock.v1.inference_pb2.TokenIds]: ...
+    @property
+    def allowed_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
         self,
         *,
@@ -486,8 +514,23 @@ class EngineSampling(google.protobuf.message.Message):
         max_tokens: builtins.int = ...,
         min_tokens: builtins.int = ...,
         stop_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        min_p: builtins.float = ...,
+        repetition_penalty: builtins.float = ...,
+        frequency_penalty: builtins.float = ...,
+        presence_penalty: builtins.float = ...,
+        logit_bias: collections.abc.Iterable[penstock.v1.inference_pb2.TokenBias] | None = ...,
+        bad_words: collections.abc.Iterable[penstock.v1.inference_pb2.TokenIds] | None = ...,
+        allowed_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        grammar: builtins.str = ...,
+        logprobs: builtins.int | None = ...,
+        prompt_logprobs: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_logprobs", b"_logprobs"]) -> typing.Literal["logprobs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]) -> typing.Literal["prompt_logprobs"] | None: ...
 
 Global___EngineSampling: typing_extensions.TypeAlias = EngineSampling
 
@@ -861,6 +904,8 @@ class Prefilled(google.protobuf.message.Message):
     FIRST_TOKEN_ID_FIELD_NUMBER: builtins.int
     FINISH_FIELD_NUMBER: builtins.int
     RECORD_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     attempt: builtins.int
     first_token_id: builtins.int
@@ -868,6 +913,12 @@ class Prefilled(google.protobuf.message.Message):
     """set when the first token ends the request: no decode, nothing is held"""
     @property
     def record(self) -> Global___CommitRecord: ...
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[penstock.v1.inference_pb2.TokenLogprobs]:
+        """of the first token, where asked for"""
+
+    @property
+    def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[penstock.v1.inference_pb2.TokenLogprobs]: ...
     def __init__(
         self,
         *,
@@ -876,9 +927,11 @@ class Prefilled(google.protobuf.message.Message):
         first_token_id: builtins.int = ...,
         finish: Global___EngineFinish.ValueType = ...,
         record: Global___CommitRecord | None = ...,
+        logprobs: collections.abc.Iterable[penstock.v1.inference_pb2.TokenLogprobs] | None = ...,
+        prompt_logprobs: collections.abc.Iterable[penstock.v1.inference_pb2.TokenLogprobs] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["record", b"record"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "finish", b"finish", "first_token_id", b"first_token_id", "record", b"record", "transfer_id", b"transfer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "finish", b"finish", "first_token_id", b"first_token_id", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "record", b"record", "transfer_id", b"transfer_id"]) -> None: ...
 
 Global___Prefilled: typing_extensions.TypeAlias = Prefilled
 
@@ -978,11 +1031,16 @@ class SequenceTokens(google.protobuf.message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     FINISH_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     attempt: builtins.int
     finish: Global___EngineFinish.ValueType
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[penstock.v1.inference_pb2.TokenLogprobs]:
+        """one for each of token_ids, where asked for"""
+
     def __init__(
         self,
         *,
@@ -990,8 +1048,9 @@ class SequenceTokens(google.protobuf.message.Message):
         attempt: builtins.int = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         finish: Global___EngineFinish.ValueType = ...,
+        logprobs: collections.abc.Iterable[penstock.v1.inference_pb2.TokenLogprobs] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "finish", b"finish", "token_ids", b"token_ids", "transfer_id", b"transfer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "finish", b"finish", "logprobs", b"logprobs", "token_ids", b"token_ids", "transfer_id", b"transfer_id"]) -> None: ...
 
 Global___SequenceTokens: typing_extensions.TypeAlias = SequenceTokens
 
