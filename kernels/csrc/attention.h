@@ -59,7 +59,7 @@ void see_segment(Rows& rows, const Source& source, const Step& step, const Tile&
     const int32_t* table = step.blocks + tile.span->table_offset;
     rows.clear();
     for (int64_t first = std::max(seen, segment * SEGMENT); first < end && first < (segment + 1) * SEGMENT; first += CHUNK)
-        rows.see(source.read(table, tile.head, first, std::min<int64_t>(first + CHUNK, end), end, scratch));
+        source.show(rows, table, tile.head, first, std::min<int64_t>(first + CHUNK, end), end, scratch);
 }
 
 inline void finish(const Rows& rows, const Step& step) {

@@ -16,18 +16,20 @@ constexpr int CHUNK = 64, BLOCKS = CHUNK / LANES;  // positions of a chunk, and 
 constexpr int MAX_ROWS = 64;                       // of a tile: its query heads times its tokens
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-// Positions [first, end) as floats.
+// Positions [first, end) of one KV head, in items of T.
+template <class T>
 struct Chunk {
+    using Item = typename T::Item;
     Chunk(int64_t start, int64_t end, int64_t key_rows, int64_t value_rows)
         : first(start), num_blocks(static_cast<int>((end - start + LANES - 1) / LANES)), key_stride(key_rows), value_stride(value_rows) {}
 
     int64_t first;
     int num_blocks;
     int64_t key_stride, value_stride;
-    const float* keys[BLOCKS];    // [D, 16] each, `key_stride` between rows
-    const float* values[BLOCKS];  // [16, Dv] each, `value_stride` between rows
-    const float* keys_ahead[BLOCKS];    // of the next chunk, or the same again
-    const float* values_ahead[BLOCKS];
+    const Item* keys[BLOCKS];    // [D, 16] each, `key_stride` between rows
+    const Item* values[BLOCKS];  // [16, Dv] each, `value_stride` between rows
+    const Item *keys_ahead[BLOCKS], *values_ahead[BLOCKS];  // of the next chunk, or the same again
+    const float *key_scales[BLOCKS], *value_scales[BLOCKS];  // [16] each; of int8 only
 };
 
 struct Options {
@@ -73,12 +75,13 @@ class Rows {
     }
 
     // Adds what the rows see of a chunk.
-    void see(const Chunk& chunk) {
+    template <class T>
+    void see(const Chunk<T>& chunk) {
         for (int r = 0; r < num_rows; r += ROWS_AT_ONCE) {
             const int count = std::min(ROWS_AT_ONCE, num_rows - r);
             const int64_t last = at[r + count - 1] - chunk.first;  // what lies beyond may be anything
             if (last < 0 || first_seen(r) >= chunk.first + LANES * chunk.num_blocks) continue;
-            with_rows(count, [&]<int ROWS>() { see_rows<ROWS>(r, chunk, std::min<int64_t>(last + 1, LANES * chunk.num_blocks)); });
+            with_rows(count, [&]<int ROWS>() { see_rows<T, ROWS>(r, chunk, std::min<int64_t>(last + 1, LANES * chunk.num_blocks)); });
         }
     }
 
@@ -125,8 +128,8 @@ class Rows {
     }
 
     // `count` positions of the chunk are written, as far as the last of the rows sees.
-    template <int ROWS>
-    void see_rows(int r, const Chunk& chunk, int64_t count) {
+    template <class T, int ROWS>
+    void see_rows(int r, const Chunk<T>& chunk, int64_t count) {
         alignas(64) float logits[ROWS * CHUNK];
         float factors[ROWS];
         const int num_blocks = static_cast<int>((count + LANES - 1) / LANES);
@@ -134,16 +137,25 @@ class Rows {
         const float* q = &q_[index(r, size_)];
         int b = 0;
         for (; b + N <= num_blocks; b += N)
-            multiply_keys<ROWS, N>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
+            multiply_keys<T, ROWS, N>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
         for (; b < num_blocks; ++b)
-            multiply_keys<ROWS, 1>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
-        for (int i = 0; i < ROWS; ++i) factors[i] = weigh(r + i, chunk.first, num_blocks, logits + i * CHUNK);
+            multiply_keys<T, ROWS, 1>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
+        for (int i = 0; i < ROWS; ++i) {
+            float* row = logits + i * CHUNK;
+            if constexpr (T::SCALED) scale(row, chunk.key_scales, num_blocks);
+            factors[i] = weigh(r + i, chunk.first, num_blocks, row);
+            if constexpr (T::SCALED) scale(row, chunk.value_scales, num_blocks);
+        }
         int64_t d = 0;
         float* out = &out_[index(r, width_)];
         for (; d + N * LANES <= width_; d += N * LANES)
-            multiply_values<ROWS, N>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
+            multiply_values<T, ROWS, N>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
         for (; d < width_; d += LANES)
-            multiply_values<ROWS, 1>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
+            multiply_values<T, ROWS, 1>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
+    }
+
+    static void scale(float* row, const float* const* scales, int num_blocks) {
+        for (int b = 0; b < num_blocks; ++b) store(row + b * LANES, mul(load(row + b * LANES), load(scales[b])));
     }
 
     // Turns a row's logits into weights, 0 where it sees nothing; returns the factor for what it saw before.
@@ -156,7 +168,7 @@ class Rows {
             store(logits + b * LANES, x);
             most = max(x, most);
         }
-        const float now = std::max(max_lanes(most), most_[r]);
+        const float before = most_[r], now = std::max(max_lanes(most), before);
         const vf shift = set1(now == NOTHING ? 0.0f : now);
         vf sum = zero();
         for (int b = 0; b < num_blocks; ++b) {
@@ -164,13 +176,11 @@ class Rows {
             store(logits + b * LANES, weight);
             sum = add(sum, weight);
         }
-        const vf factor = exp(sub(set1(most_[r]), shift));
+        const float factor = now == before ? 1.0f : exp1(before - now);
         float* sums = &sums_[index(r, LANES)];
-        store(sums, fma(load(sums), factor, sum));
+        store(sums, fma(load(sums), set1(factor), sum));
         most_[r] = now;
-        alignas(64) float lanes[LANES];
-        store(lanes, factor);
-        return lanes[0];
+        return factor;
     }
 
     vf capped(vf x) const {

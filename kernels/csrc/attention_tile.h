@@ -1,10 +1,10 @@
-// The two products of attention, as register tiles over floats.
+// The two products of attention, as register tiles that read the cache in its own type.
 //
 // Each element of a result is one chain of fused multiply-adds, over the head's elements or over the positions in order:
 // it comes out the same whatever tile it is computed in.
 #pragma once
 
-#include "simd.h"
+#include "kv_types.h"
 
 // What is loaded once stays in a register: the compiler would rather read it again for each row.
 #if defined(__AVX512F__)
@@ -16,14 +16,13 @@ inline void keep(vf& x) { asm("" : "+x"(x.lo), "+x"(x.hi)); }
 #endif
 
 constexpr int ROWS_AT_ONCE = ACCUMULATORS / 2;
-constexpr int FEW_ROWS = 4;  // so few wait for memory, and fetch ahead
 
 // logits[r][i] = q[r] . K[i] for 16 positions i in each of N blocks of columns.
 // q: ROWS rows of `size`, one after the other; keys[n]: [size, 16] with `stride` between rows, ahead[n] like it, what comes
 // next; logits: `width` between rows.
-template <int ROWS, int N>
-inline void multiply_keys(const float* q, int64_t size, const float* const* keys, const float* const* ahead, int64_t stride,
-                          float* logits, int64_t width) {
+template <class T, int ROWS, int N>
+inline void multiply_keys(const float* q, int64_t size, const typename T::Item* const* keys, const typename T::Item* const* ahead,
+                          int64_t stride, float* logits, int64_t width) {
     vf sums[ROWS][N];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS * N; ++i) sums[i / N][i % N] = zero();
@@ -31,9 +30,9 @@ inline void multiply_keys(const float* q, int64_t size, const float* const* keys
         vf column[N];
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-            column[n] = load(keys[n] + d * stride);
+            column[n] = T::load16(keys[n] + d * stride);
             keep(column[n]);
-            if (ROWS <= FEW_ROWS) _mm_prefetch(ahead[n] + d * stride, _MM_HINT_T1);
+            _mm_prefetch(ahead[n] + d * stride, _MM_HINT_T1);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
@@ -49,25 +48,26 @@ inline void multiply_keys(const float* q, int64_t size, const float* const* keys
 // out[r] = out[r] * factors[r] + sum over positions of weights[r][i] V[i], for N vectors of V's elements.
 // values[b]: [16, size] with `stride` between rows, ahead[b] like it, what comes next; `count` positions in all; weights,
 // out: `width`, `out_width` between rows.
-template <int ROWS, int N>
-inline void multiply_values(const float* weights, int64_t width, const float* const* values, const float* const* ahead,
-                            int64_t stride, int64_t count, const float* factors, int64_t first, float* out, int64_t out_width) {
+template <class T, int ROWS, int N>
+inline void multiply_values(const float* weights, int64_t width, const typename T::Item* const* values,
+                            const typename T::Item* const* ahead, int64_t stride, int64_t count, const float* factors,
+                            int64_t first, float* out, int64_t out_width) {
     vf sums[ROWS][N];
     out += first;
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS * N; ++i)
         sums[i / N][i % N] = mul(load(out + i / N * out_width + i % N * LANES), set1(factors[i / N]));
     for (int64_t start = 0; start < count; start += LANES) {
-        const float* row = values[start / LANES] + first;
+        const typename T::Item* row = values[start / LANES] + first;
         const int64_t to_next = ahead[start / LANES] - values[start / LANES];
         const int64_t end = start + LANES < count ? start + LANES : count;
         for (int64_t i = start; i < end; ++i, row += stride) {
             vf elements[N];
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                elements[n] = load(row + n * LANES);
+                elements[n] = T::load16(row + n * LANES);
                 keep(elements[n]);
-                if (ROWS <= FEW_ROWS) _mm_prefetch(row + to_next + n * LANES, _MM_HINT_T1);
+                _mm_prefetch(row + to_next + n * LANES, _MM_HINT_T1);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {

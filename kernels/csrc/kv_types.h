@@ -1,4 +1,5 @@
-// The types that a KV cache may hold, to and from floats: sixteen at a time, and one. Of int8 a vector has a scale.
+// The types that a KV cache may hold, to and from floats: sixteen at a time, and one. `SCALED`: a vector is its
+// items times a scale.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@ enum class KVType : int32_t { F32, BF16, F16, I8 };
 
 struct F32 {
     using Item = float;
+    static constexpr bool SCALED = false;
     static vf load16(const Item* p) { return load(p); }
     static float load1(const Item* p) { return *p; }
     static Item round1(float x) { return x; }
@@ -17,6 +19,7 @@ struct F32 {
 
 struct BF16 {
     using Item = uint16_t;
+    static constexpr bool SCALED = false;
     static vf load16(const Item* p) { return load_bf16(p); }
     static float load1(const Item* p) {
         const uint32_t bits = uint32_t{*p} << 16;
@@ -34,6 +37,7 @@ struct BF16 {
 
 struct F16 {
     using Item = uint16_t;
+    static constexpr bool SCALED = false;
     static vf load16(const Item* p) { return load_f16(p); }
     static float load1(const Item* p) { return _cvtsh_ss(*p); }
     static Item round1(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -41,6 +45,7 @@ struct F16 {
 
 struct I8 {
     using Item = int8_t;
+    static constexpr bool SCALED = true;
     static vf load16(const Item* p) { return load_i8(p); }
     static float load1(const Item* p) { return *p; }
 };

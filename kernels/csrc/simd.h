@@ -137,9 +137,11 @@ inline float sum_lanes(vf x) {
 inline float max_lanes(vf x) {
     alignas(64) float lanes[LANES];
     store(lanes, x);
-    float most = lanes[0];
-    for (int i = 1; i < LANES; ++i) most = lanes[i] > most ? lanes[i] : most;
-    return most;
+#pragma GCC unroll 4
+    for (int width = LANES / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; ++i) lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
+    return lanes[0];
 }
 
 // e^x to about one unit in the last place. Below -87.3 it is 0; x above 88.7 is taken as 88.7. x = n ln 2 + r with
