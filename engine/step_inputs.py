@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 import numpy.typing as npt
@@ -47,39 +46,35 @@ def build_step_inputs(plan: Plan, block_size: int, vocab_size: int, device: torc
     if token_ids.min() < 0 or token_ids.max() >= vocab_size:
         raise IntegrityError(f"a token id of the plan is outside of the vocabulary, [0, {vocab_size})")
     tables = [e.block_ids[: -(-e.end // block_size)] for e in entries]
-    blocks = np.fromiter(chain.from_iterable(tables), np.int32)
-    starts, num_rows = np.array([(e.start, e.num_tokens) for e in entries]).T
-    offsets, row_starts = _sums_before(np.fromiter(map(len, tables), np.int64)), _sums_before(num_rows)
-    positions = np.arange(token_ids.size) + np.repeat(starts - row_starts, num_rows)
-    own_blocks = blocks[np.repeat(offsets, num_rows) + positions // block_size].astype(np.int64)
-    slots = own_blocks * block_size + positions % block_size
-    sampled_rows = _sampled_rows(entries, row_starts + num_rows)
-    scored_rows = _scored_rows(entries, row_starts)
-    wide = _to_device(np.concatenate((token_ids, positions, slots, sampled_rows, scored_rows)), device)
-    table = np.stack((row_starts, num_rows, starts, offsets), axis=1).astype(np.int32)
-    packed = _to_device(np.concatenate((table.ravel(), blocks)), device)
-    spans = Spans(packed[: table.size].view(-1, 4), packed[table.size :], torch.from_numpy(table))
-    tokens, at, places, rows, scored = torch.split(wide, [token_ids.size] * 3 + [sampled_rows.size, scored_rows.size])
-    sampled_entries = tuple(e for e in entries if e.sampling is not None)
-    scored_entries = tuple(e for e in entries if e.prompt_targets)
-    return StepInputs(tokens, at, places, spans, sampled_entries, rows, scored_entries, scored)
-
-
-def _sampled_rows(entries: Sequence[PlanEntry], ends: Ints) -> Ints:
-    rows = [
-        np.arange(end - 1 - e.num_drafts, end) for e, end in zip(entries, ends, strict=True) if e.sampling is not None
+    num_rows = [e.num_tokens for e in entries]
+    ends, table_ends = list(accumulate(num_rows)), list(accumulate(map(len, tables)))
+    blocks = np.fromiter(chain.from_iterable(tables), np.int32, table_ends[-1])
+    spans = [
+        (end - num, num, e.start, table_end - len(table))
+        for end, num, e, table_end, table in zip(ends, num_rows, entries, table_ends, tables, strict=True)
     ]
-    return np.concatenate([np.empty(0, np.int64), *rows])
-
-
-def _scored_rows(entries: Sequence[PlanEntry], starts: Ints) -> Ints:
-    rows = [np.arange(start, start + len(e.prompt_targets)) for e, start in zip(entries, starts, strict=True)]
-    return np.concatenate([np.empty(0, np.int64), *rows])
-
-
-def _sums_before(counts: Ints) -> Ints:
-    sums: Ints = counts.cumsum() - counts
-    return sums
+    table = np.array(spans, np.int32)
+    row_starts, _, starts, offsets = np.repeat(table, num_rows, axis=0).T
+    positions = np.arange(token_ids.size) - row_starts + starts
+    slots = blocks[offsets + positions // block_size].astype(np.int64) * block_size + positions % block_size
+    draws = [(e, end) for e, end in zip(entries, ends, strict=True) if e.sampling is not None]
+    sampled = [row for e, end in draws for row in range(end - 1 - e.num_drafts, end)]
+    scored = [span[0] + i for e, span in zip(entries, spans, strict=True) for i in range(len(e.prompt_targets))]
+    wide = _to_device(np.concatenate((token_ids, positions, slots, np.array(sampled + scored, np.int64))), device)
+    packed = _to_device(np.concatenate((table.ravel(), blocks)), device)
+    tokens, at, places, sampled_rows, scored_rows = torch.split(
+        wide, [token_ids.size] * 3 + [len(sampled), len(scored)]
+    )
+    return StepInputs(
+        tokens,
+        at,
+        places,
+        Spans(packed[: table.size].view(-1, 4), packed[table.size :], torch.from_numpy(table)),
+        tuple(e for e, _ in draws),
+        sampled_rows,
+        tuple(e for e in entries if e.prompt_targets),
+        scored_rows,
+    )
 
 
 def _to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
