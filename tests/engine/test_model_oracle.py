@@ -14,12 +14,7 @@ from core.request import Request
 from core.sampling import SamplingParams
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.kv_storage import KVStorage
-from engine.model import Model
-from engine.model_config import ModelConfig
-from engine.plan import Plan, PlanEntry
-from engine.step_inputs import build_step_inputs
-from engine.weights import Storage, load_weights
+from tests.engine.model_logits import logits_of
 
 NUM_PROMPTS = 50
 NUM_NEW_TOKENS = 12
@@ -119,18 +114,11 @@ def test_a_changed_weight_is_noticed(expected: Expected, device: torch.device, t
         num_near_ties(expected, generate(engine, expected.prompts))
 
 
-@torch.inference_mode()
 def test_logits_of_every_position_are_those_of_transformers(expected: Expected, device: torch.device) -> None:
     folder, prompt = expected.reference.folder, max(expected.prompts, key=len)
-    config = ModelConfig.from_folder(folder)
-    layout = load(folder, MODES["alone"], device).layout
-    storage = Storage("float32", "float32", torch.float32, device)
-    model = Model(config, load_weights(folder, config, storage), storage, config.max_position)
-    plan = Plan((PlanEntry("a", tuple(prompt), 0, tuple(range(10)), None),))
-    inputs = build_step_inputs(plan, layout.block_size, config.vocab_size, device)
-    hidden = model.forward(inputs, KVStorage(layout, 10, device).layers, lambda layer: None)
-    difference = model.logits(hidden).cpu() - expected.reference.logits(prompt)
-    assert difference.abs().max().item() < LOGITS_TOLERANCE
+    on_device: Any = device.type
+    ours = logits_of(folder, EngineConfig(num_blocks=10, device=on_device, dtype="float32"), prompt)
+    assert (ours - expected.reference.logits(prompt)).abs().max().item() < LOGITS_TOLERANCE
 
 
 def test_bfloat16_tokens_are_nearly_the_best(reference: Any, device: torch.device) -> None:

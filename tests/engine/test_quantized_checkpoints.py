@@ -1,7 +1,6 @@
 """Checkpoints of codes in the layouts that their tools publish, written here by hand from codes that are known."""
 
 import json
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -16,13 +15,11 @@ from torch import Tensor
 
 from core.errors import CheckpointError
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.model_config import ModelConfig
 from engine.packed_weights import unpack_weight
-from engine.plan import Plan, PlanEntry
 from engine.quantization import Scheme
-from engine.step_inputs import build_step_inputs
 from kernels.quantize import QuantizedWeight
+from tests.engine.model_logits import logits_of
 
 TOLERANCE = 2e-4
 
@@ -231,25 +228,6 @@ def test_a_layout_stands_for_exactly_the_weights_it_was_written_from(name: str) 
     assert torch.equal(part.dequantize() if isinstance(part, QuantizedWeight) else part, codes.weight)
 
 
-def test_mxfp4_blocks_are_read_exactly() -> None:
-    """Values by the table of the format: sign, two bits of exponent, one of mantissa."""
-    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
-    rng = random.Random(0)
-    nibbles = [[[rng.randrange(16) for _ in range(32)] for _ in range(2)] for _ in range(3)]
-    exponents = [[rng.randrange(100, 140) for _ in range(2)] for _ in range(3)]
-    blocks = [[[group[2 * i] | group[2 * i + 1] << 4 for i in range(16)] for group in row] for row in nibbles]
-    part = unpack_weight(
-        Scheme("mxfp4", 4, 32),
-        {"blocks": torch.tensor(blocks, dtype=torch.uint8), "scales": torch.tensor(exponents, dtype=torch.uint8)},
-    )
-    expected = [
-        [values[n] * 2.0 ** (e - 127) for group, e in zip(row, row_exponents, strict=True) for n in group]
-        for row, row_exponents in zip(nibbles, exponents, strict=True)
-    ]
-    assert isinstance(part, Tensor)
-    assert torch.equal(part.float(), torch.tensor(expected))
-
-
 @dataclass(frozen=True)
 class Twins:
     """The same model in codes, and in floats that stand for the same weights."""
@@ -287,20 +265,16 @@ def edit_config(folder: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-@torch.inference_mode()
-def logits(folder: Path, config: EngineConfig) -> Tensor:
-    engine = Engine.from_checkpoint(folder, config)
-    plan = Plan((PlanEntry("a", tuple(range(2, 50)), 0, tuple(range(4)), None),))
-    inputs = build_step_inputs(plan, 16, 199, torch.device("cpu"))
-    return engine.model.logits(engine.model.forward(inputs, engine.storage.layers, lambda _: None))
-
-
 CONFIG = EngineConfig(device="cpu", num_blocks=8)
+
+
+def logits(folder: Path, config: EngineConfig = CONFIG) -> Tensor:
+    return logits_of(folder, config, list(range(2, 50)))
 
 
 @pytest.mark.parametrize("twins", [name for name in LAYOUTS if not name.startswith("W8A8")], indirect=True)
 def test_a_model_of_codes_computes_what_its_floats_do(twins: Twins) -> None:
-    difference = logits(twins.codes, CONFIG) - logits(twins.floats, CONFIG)
+    difference = logits(twins.codes) - logits(twins.floats)
     assert difference.abs().max().item() < TOLERANCE
 
 
@@ -308,32 +282,32 @@ def test_a_model_of_codes_computes_what_its_floats_do(twins: Twins) -> None:
 def test_w8a8_is_what_rounding_its_floats_while_loading_gives(twins: Twins) -> None:
     """The same codes again, as every row reaches 127."""
     rounded = replace(CONFIG, quantization="int8", quantize_lm_head=False)
-    assert torch.equal(logits(twins.codes, CONFIG), logits(twins.floats, rounded))
+    assert torch.equal(logits(twins.codes), logits(twins.floats, rounded))
 
 
 @pytest.mark.parametrize("twins", ["W8A8, some ignored"], indirect=True)
 def test_ignored_layers_are_not_rounded(twins: Twins) -> None:
-    exact, rounded = logits(twins.floats, CONFIG), logits(twins.floats, replace(CONFIG, quantization="int8"))
-    error = (logits(twins.codes, CONFIG) - exact).abs().mean().item()
+    exact, rounded = logits(twins.floats), logits(twins.floats, replace(CONFIG, quantization="int8"))
+    error = (logits(twins.codes) - exact).abs().mean().item()
     assert 0 < error < 0.9 * (rounded - exact).abs().mean().item()
 
 
 @pytest.mark.parametrize("twins", ["gptq"], indirect=True)
 def test_biases_that_gptq_tools_add_must_be_zero(twins: Twins) -> None:
     file, name = twins.codes / "model.safetensors", "model.layers.1.self_attn.o_proj.bias"
-    before, tensors = logits(twins.codes, CONFIG), load_file(file)
+    before, tensors = logits(twins.codes), load_file(file)
     save_file(tensors | {name: torch.zeros(64)}, file)
-    assert torch.equal(logits(twins.codes, CONFIG), before)
+    assert torch.equal(logits(twins.codes), before)
     save_file(tensors | {name: torch.ones(64)}, file)
     with pytest.raises(CheckpointError, match=f"bias {name} is not zero"):
-        logits(twins.codes, CONFIG)
+        logits(twins.codes)
 
 
 @pytest.mark.parametrize("twins", ["gptq"], indirect=True)
 def test_codes_of_another_shape_are_named(twins: Twins) -> None:
     edit_config(twins.codes, quantization_config=GPTQ | {"group_size": 32})
     with pytest.raises(CheckpointError, match=r"qzeros has shape \[4, 8\], config.json says \[2, 8\]"):
-        logits(twins.codes, CONFIG)
+        logits(twins.codes)
 
 
 @pytest.mark.parametrize(
