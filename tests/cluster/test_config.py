@@ -249,6 +249,7 @@ configs = st.one_of(
         paths,
         st.text(),
         engines,
+        st.lists(st.integers(0, 255), max_size=4).map(tuple),
         transfers,
         st.text(),
         positive,
