@@ -251,6 +251,12 @@ class Dispatcher:
         self.counts.failures[failure.reason] += 1
         entry.failure = failure
         entry.num_failures += 1
+        if failure.reason == "grammar":  # it would fail anywhere
+            grammar = entry.request.sampling.grammar
+            self._end(
+                entry, error=InvalidRequestError("structured output", grammar, f"can't be met: {failure.message}")
+            )
+            return
         if failure.incarnation:
             entry.avoid.add(failure.incarnation)
         if entry.num_failures < self._config.max_attempts:

@@ -2,6 +2,7 @@
 // bit: weights of tokens are integers, whose sums don't depend on an order, and the exponential is the same short
 // sequence of float32 operations in both, none of them fused.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -109,8 +110,8 @@ struct Amount {
     int64_t count = 0, sum = 0;
 };
 
-// The best tokens until there are `max_count` of them, or they hold `needed`: halves the range of the limit until few
-// tokens are left in it to sort.
+// The best tokens until there are `max_count` of them, or they hold `needed`: cuts the range of the limit in four until
+// few tokens are left in it to sort.
 class Selection {
   public:
     Limit best(const int64_t* weights, int64_t size, int64_t max_count, int64_t needed) {
@@ -120,13 +121,15 @@ class Selection {
         int64_t low = 1, high = FULL_WEIGHT + 1;  // the limit is in [low, high)
         Amount at_low{size, 0}, above, base;      // above: `high` and more; base: what was put aside
         bool all = true;
-        for (int64_t middle = FIRST; high - low > 1 && at_low.count - above.count > FEW; middle = between(low, high)) {
-            Amount found = at_least(all ? weights : weights_.data(), all ? size : size_, middle);
-            found.count += base.count, found.sum += base.sum;
-            if (enough(found)) {
-                low = middle, at_low = found;
-            } else {
-                high = middle, above = found;
+        for (Cuts cuts = FIRST; high - low > 1 && at_low.count - above.count > FEW; cuts = between(low, high)) {
+            std::array<Amount, 3> found = at_least(all ? weights : weights_.data(), all ? size : size_, cuts);
+            for (size_t i = 0; i < cuts.size(); ++i) {
+                found[i].count += base.count, found[i].sum += base.sum;
+                if (!enough(found[i])) {
+                    high = cuts[i], above = found[i];
+                    break;
+                }
+                low = cuts[i], at_low = found[i];
             }
             if (all && at_low.count - above.count < size / 12) {
                 take(weights, size, low, high);
@@ -138,21 +141,29 @@ class Selection {
     }
 
   private:
-    static constexpr int64_t FULL_WEIGHT = int64_t{1} << 44, FIRST = FULL_WEIGHT >> 7, FEW = 32;
+    using Cuts = std::array<int64_t, 3>;
+    static constexpr int64_t FULL_WEIGHT = int64_t{1} << 44, FEW = 32;
+    static constexpr Cuts FIRST = {FULL_WEIGHT >> 14, FULL_WEIGHT >> 9, FULL_WEIGHT >> 5};
 
-    static int64_t between(int64_t low, int64_t high) {
-        const int a = std::bit_width(static_cast<uint64_t>(low)), b = std::bit_width(static_cast<uint64_t>(high));
-        return b - a >= 2 ? int64_t{1} << (a + b - 1) / 2 : low + (high - low) / 2;
+    // Even on a logarithmic scale; at least the second is inside.
+    static Cuts between(int64_t low, int64_t high) {
+        const double step = std::pow(static_cast<double>(high) / static_cast<double>(low), 0.25);
+        Cuts cuts;
+        double cut = static_cast<double>(low);
+        for (int64_t& each : cuts) each = std::clamp(static_cast<int64_t>(cut *= step), low + 1, high - 1);
+        return cuts;
     }
 
-    static Amount at_least(const int64_t* weights, int64_t size, int64_t limit) {
-        int64_t count = 0, sum = 0;
+    static std::array<Amount, 3> at_least(const int64_t* weights, int64_t size, Cuts cuts) {
+        const int64_t first = cuts[0], second = cuts[1], third = cuts[2];
+        int64_t count1 = 0, count2 = 0, count3 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
         for (int64_t i = 0; i < size; ++i) {
-            const int64_t w = weights[i] >= limit ? weights[i] : 0;
-            count += w != 0;
-            sum += w;
+            const int64_t w = weights[i];
+            const int64_t w1 = w >= first ? w : 0, w2 = w >= second ? w : 0, w3 = w >= third ? w : 0;
+            count1 += w1 != 0, count2 += w2 != 0, count3 += w3 != 0;
+            sum1 += w1, sum2 += w2, sum3 += w3;
         }
-        return {count, sum};
+        return {Amount{count1, sum1}, Amount{count2, sum2}, Amount{count3, sum3}};
     }
 
     // The tokens whose weight is in [low, high), in the order of their ids.
@@ -290,6 +301,10 @@ void logprobs_row(const float* x, int64_t size, int64_t token, int64_t num_top, 
     int64_t* top = ids + 1;
     int64_t num = 0;
     for (int64_t i = 0; i < size && num_top > 0; ++i) {
+        if (num == num_top && i % CHUNK == 0) {
+            while (i < size && best_of(x + i, std::min(CHUNK, size - i)) <= x[top[num - 1]]) i += CHUNK;
+            if (i >= size) break;
+        }
         if (num == num_top && !(x[i] > x[top[num - 1]])) continue;
         int64_t place = num == num_top ? num - 1 : num++;
         for (; place > 0 && x[i] > x[top[place - 1]]; --place) top[place] = top[place - 1];

@@ -83,7 +83,7 @@ class Steps(Runner):
     """The engine's runner behind a gate; `failures` are raised instead of the next steps."""
 
     def __init__(self, inner: Runner) -> None:
-        self._inner = inner
+        self._inner, self.mask_wait_s = inner, 0.0
         self._open = threading.Event()
         self._open.set()
         self.begun: queue.Queue[Plan] = queue.Queue()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+from llguidance import LLMatcher
 
 from core.clock import ManualClock
 from core.errors import IntegrityError
@@ -82,6 +83,19 @@ def test_a_local_request_is_written_to_its_end(router: Router) -> None:
     ticket = start(router, max_tokens=5)
     sequences = [*router.tokens(ticket.key)]
     assert [(len(s.token_ids), s.finish) for s in sequences] == [(1, None)] * 3 + [(1, FinishReason.LENGTH)]
+    router.until_idle()
+
+
+def test_a_request_whose_grammar_can_not_go_on_fails_alone(router: Router) -> None:
+    grammar = LLMatcher.grammar_from_regex("[0-9]+")
+    broken, sound = local(), local()
+    before = work(prompt_of(20), 8)
+    streamed = replace(before, num_prompt_tokens=19, sampling=replace(before.sampling, grammar=grammar))
+    router.say(Prefill(broken, streamed), Prefill(sound, work(prompt_of(20, first=9), 3)))
+    failed = router.next(AttemptFailed, broken.key)
+    assert (failed.reason, "grammar can't go on" in failed.message) == ("grammar", True)
+    router.next(Prefilled, sound.key)
+    assert sum(len(s.token_ids) for s in router.tokens(sound.key)) == 2
     router.until_idle()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from core.errors import UnavailableError
+from core.errors import InvalidRequestError, UnavailableError
 from core.events import LifecycleEvent
 from core.request import FinishReason
 from penstock.v1 import worker_pb2 as pb
@@ -134,6 +134,21 @@ async def test_the_only_worker_is_tried_again_though_it_failed() -> None:
     async with pair_of_workers() as (world, _, decode):
         decode.script.fail["reserve"] = 2
         assert (await read(world.submit(PROMPT, 4)))[0] == continuation(PROMPT, 4)
+        await world.idle()
+
+
+async def test_a_grammar_that_can_not_go_on_is_the_clients_to_mend_and_not_tried_again() -> None:
+    async with pair_of_workers() as (world, prefill, _):
+        prefill.pause("prefill")
+        stream = world.submit(PROMPT, 4, grammar="start: /a/")
+        job = await prefill.until_received("prefill")
+        key = (job.ticket.transfer_id, job.ticket.attempt)
+        prefill.forget(key)
+        said = pb.AttemptFailed(transfer_id=key[0], attempt=key[1], reason="grammar", message="too complex")
+        prefill.say(pb.Event(failed=said))
+        with pytest.raises(InvalidRequestError, match=r"structured output: .* can't be met: too complex"):
+            await read(stream)
+        assert stream.stats.num_attempts == 1
         await world.idle()
 
 
