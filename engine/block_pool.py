@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from core.errors import IntegrityError
+from core.request import Request
 from engine.prefix_index import PrefixIndex
 
 
@@ -73,6 +74,29 @@ class BlockPool:
         new = [self._take() for _ in range(num_new - len(prefix))]
         self._tables[request_id] = (*table, *prefix, *new)
         return True
+
+    def admit(self, request: Request, num_spared: int = 0) -> bool:
+        """Give the request blocks for all its tokens and one more, first those that hold a prefix of it already.
+
+        False, and no change, where fewer than `num_spared` would be left. Sets `num_computed_tokens`, and the first
+        time `num_cached_tokens`.
+        """
+        index = self.index if request.sampling.prompt_logprobs is None else None  # they need every position computed
+        prefix = index.find(request) if index is not None else ()
+        if not self.allocate(request.request_id, request.num_tokens + 1, prefix, num_spared):
+            return False
+        request.num_computed_tokens = len(prefix) * self.block_size
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed_tokens
+            if index is not None:
+                index.count(request.num_tokens, request.num_cached_tokens)
+        return True
+
+    def computed(self, request: Request, end: int) -> None:
+        """K and V of the request's positions before `end` stand in its blocks: those that are full can be found."""
+        start, request.num_computed_tokens = request.num_computed_tokens, end
+        if self.index is not None and start // self.block_size != end // self.block_size:
+            self.index.insert(request, self._tables[request.request_id], start, end)
 
     def free(self, request_id: str) -> int:
         """Take back all blocks of the request; returns how many. It may not write into them any more."""

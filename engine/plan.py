@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from core.logprobs import TokenLogprobs
 from core.request import FinishReason, Request
 from core.sampling import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class PlanEntry:
+class PlanEntry(NamedTuple):
     """Compute `token_ids` of a request at positions [start, start + len(token_ids)), K and V going into `block_ids`.
 
     `block_ids[i]` holds positions [i * block_size, (i + 1) * block_size) of the request. Where `sampling` is set, the
@@ -60,28 +60,32 @@ class Plan:
         return bool(self.entries)
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """What a step drew for one entry: one token, or several where drafts were right. `logprobs`: one each, if asked.
 
-    `failure` says why nothing could be drawn for this one request.
+    `failure` says why nothing could be drawn for this one request. `in_vain` is what was drawn behind a wrong draft: no
+    output, but it may be guessed next time.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     failure: str = ""
+    in_vain: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Tokens drawn by a step, by request id: for each entry with `sampling`. Log-probabilities of `prompt_targets`."""
+    """Tokens drawn by a step, by request id: for each entry with `sampling`. Log-probabilities of `prompt_targets`.
+
+    `seconds` is what the computation took.
+    """
 
     drawn: dict[str, Drawn]
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """What a step meant for one request that drew tokens: those it took, up to its end if it came to that."""
 
     request: Request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Runner:
         """
         if not plan:
             return StepResult({})
+        begun = perf_counter()
         pending = self._begin_masks(plan)
         storage = self._storage
         inputs = build_step_inputs(plan, storage.layout.block_size, self._model.config.vocab_size, storage.device)
@@ -54,7 +56,7 @@ class Runner:
         self.mask_wait_s += pending.wait_s
         drawn = sample(logits, inputs.sampled, masks)
         drawn.update((request_id, Drawn((), failure=failure)) for request_id, failure in failures.items())
-        return StepResult(drawn, prompt_logprobs)
+        return StepResult(drawn, prompt_logprobs, perf_counter() - begun)
 
     def _begin_masks(self, plan: Plan) -> PendingMasks:
         with_grammar = [entry for entry in plan.entries if entry.sampling is not None and entry.sampling.grammar]

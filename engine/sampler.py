@@ -101,7 +101,7 @@ def _accept(entry: PlanEntry, tokens: list[int], logprobs: list[TokenLogprobs | 
     drafts = entry.token_ids[len(entry.token_ids) - entry.num_drafts :]
     num_right = next((i for i, draft in enumerate(drafts) if tokens[i] != draft), len(drafts))
     kept = tuple(each for each in logprobs[: num_right + 1] if each is not None)
-    return Drawn(tuple(tokens[: num_right + 1]), kept)
+    return Drawn(tuple(tokens[: num_right + 1]), kept, in_vain=tuple(tokens[num_right + 1 :]))
 
 
 def _forbid_and_bias_(logits: Tensor, rows: Sequence[_Row]) -> None:

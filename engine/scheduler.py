@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, repeat
 from types import MappingProxyType
 
 from core.errors import ConfigError, IntegrityError, InvalidRequestError
 from core.request import Request, RequestState
 from engine.block_pool import BlockPool
 from engine.plan import Drawn, Plan, PlanEntry, StepOutput, StepResult
+from engine.speculation.speculator import Speculator
 
 _NOTHING = Plan(entries=())
 
@@ -30,6 +31,9 @@ class Scheduler:
     **Prefixes.** Blocks that are full and computed, of prompt or output, can be found by later requests, also when no
     request holds them, until they are handed out anew. Who is admitted or reserved starts behind what it finds.
 
+    **Drafts.** Budget that nobody else needs goes to guesses of what decoding requests draw next, if there is a
+    `speculator`; blocks too, but nobody is preempted for them. Positions of wrong guesses count as not computed.
+
     **Ownership.** The scheduler alone allocates and frees blocks of the pool:
 
     | state    | holds                                  | until                                           |
@@ -46,13 +50,22 @@ class Scheduler:
     every request fits into an empty pool. So all requests end, given that the held ones are joined or released.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        speculator: Speculator | None = None,
+    ) -> None:
         if max_model_len > pool.num_blocks * pool.block_size:
             raise ConfigError("engine.max_model_len", max_model_len, f"must fit into {pool.num_blocks} KV blocks")
         self._pool = pool
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
+        self._speculator = speculator
         self._requests: dict[str, Request] = {}  # in the order of their arrival
         self._waiting: deque[Request] = deque()
         self._prefilling: list[Request] = []  # those of the last step that had more than one token to compute
@@ -105,7 +118,7 @@ class Scheduler:
         """
         self._check_new(request)
         num_blocks = sum(self._pool.num_blocks_for(r.num_tokens + 1) for r in self._waiting)
-        if len(self._requests) >= self._max_num_seqs or not self._open(request, num_spared=num_blocks):
+        if len(self._requests) >= self._max_num_seqs or not self._pool.admit(request, num_spared=num_blocks):
             return False
         self._enter(request)
         self._move(request, RequestState.HELD)
@@ -126,7 +139,7 @@ class Scheduler:
         """Begin a step. Falsy where there is nothing to compute: then there is nothing to update either."""
         if self._plan:
             raise IntegrityError("the step in progress was neither updated nor abandoned")
-        entries: list[PlanEntry] = []
+        decoding: list[Request] = []
         preempted: list[str] = []
         budget = self._max_num_batched_tokens
         self._prefilling = []
@@ -135,13 +148,15 @@ class Scheduler:
                 continue  # so is who has just given way: it is younger than who needed room
             if _num_missing(request) > 1:
                 self._prefilling.append(request)
-            elif budget and self._grow(request, preempted):
-                entries.append(self._entry(request, 1))
-                budget -= 1
+            elif len(decoding) < budget and self._grow(request, preempted):
+                decoding.append(request)
+        budget -= len(decoding)
+        entries: list[PlanEntry] = []
         prefills = chain(tuple(self._prefilling), self._admit())
         while budget and (prefill := next(prefills, None)) is not None:
             entries.append(self._entry(prefill, min(budget, _num_missing(prefill))))
             budget -= entries[-1].num_tokens
+        entries[:0] = map(self._entry, decoding, repeat(1), self._drafts(decoding, budget))
         self._plan = Plan(tuple(entries), tuple(preempted))
         self._in_step = {entry.request_id: self._requests[entry.request_id] for entry in entries}
         return self._plan
@@ -152,11 +167,14 @@ class Scheduler:
         Those whose draw failed are released, and have no output.
         """
         outputs: list[StepOutput] = []
-        for entry, request in self._end_step(plan):
+        computed = self._end_step(plan)
+        if self._speculator is not None:
+            self._speculator.observe(computed, result)
+        for entry, request in computed:
             if entry.prompt_targets:
                 request.prompt_logprobs[entry.start :] = result.prompt_logprobs[entry.request_id]
             if entry.sampling is None:
-                self._computed(request, entry.end)
+                self._pool.computed(request, entry.end)
             elif (drawn := result.drawn[entry.request_id]).failure:
                 self._finish(request)
             else:
@@ -213,7 +231,9 @@ class Scheduler:
             case RequestState.RUNNING if known - computed > 1:
                 return computed >= 0 and num_blocks == blocks_for(known + 1)
             case RequestState.RUNNING:
-                return computed == known - 1 and blocks_for(computed) <= num_blocks <= blocks_for(known + 1)
+                max_drafts = self._speculator.max_tokens if self._speculator is not None else 0
+                most = blocks_for(known + 1 + max_drafts)
+                return computed == known - 1 and blocks_for(computed) <= num_blocks <= most
             case RequestState.HELD if request.request_id in self._prefill_only:
                 return computed == num_prompt == known - 1 and num_blocks == blocks_for(known)
             case RequestState.HELD:
@@ -248,34 +268,13 @@ class Scheduler:
         num_seqs = len(self._requests) - len(self._waiting)
         while self._waiting and num_seqs < self._max_num_seqs:
             request = self._waiting[0]
-            if not self._open(request):
+            if not self._pool.admit(request):
                 return
             self._waiting.popleft()
             self._move(request, RequestState.RUNNING)
             self._prefilling.append(request)
             num_seqs += 1
             yield request
-
-    def _open(self, request: Request, num_spared: int = 0) -> bool:
-        """Give the request blocks for all its known tokens and one more, first those that hold a prefix of it."""
-        pool, num_tokens = self._pool, request.num_tokens
-        index = pool.index if request.sampling.prompt_logprobs is None else None  # they need every position computed
-        prefix = index.find(request) if index is not None else ()
-        if not pool.allocate(request.request_id, num_tokens + 1, prefix, num_spared):
-            return False
-        request.num_computed_tokens = len(prefix) * pool.block_size
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = request.num_computed_tokens
-            if index is not None:
-                index.count(num_tokens, request.num_cached_tokens)
-        return True
-
-    def _computed(self, request: Request, end: int) -> None:
-        """K and V of the request's positions before `end` are in the cache."""
-        start, request.num_computed_tokens = request.num_computed_tokens, end
-        block_size, index = self._pool.block_size, self._pool.index
-        if index is not None and start // block_size != end // block_size:
-            index.insert(request, self._pool.table(request.request_id), start, end)
 
     def _grow(self, request: Request, preempted: list[str]) -> bool:
         """Make room for the request's last token, at the cost of the youngest. False where it is preempted itself."""
@@ -299,20 +298,43 @@ class Scheduler:
         self._num_preemptions += 1
         return victim
 
-    def _entry(self, request: Request, num_tokens: int) -> PlanEntry:
-        """The next `num_tokens` tokens of the request; a token is drawn only where they are the last it has."""
+    def _drafts(self, requests: Sequence[Request], budget: int) -> list[list[int]]:
+        """Guesses for requests that decode, at most `budget` in all, and no more than blocks can be had for."""
+        if self._speculator is None or not budget:
+            return [[]] * len(requests)
+        drafts = self._speculator.drafts([(request, self._max_drafts(request)) for request in requests], budget)
+        for request, guesses in zip(requests, drafts, strict=True):
+            if guesses and not self._pool.allocate(request.request_id, request.num_tokens + len(guesses)):
+                del guesses[len(self._pool.table(request.request_id)) * self._pool.block_size - request.num_tokens :]
+        return drafts
+
+    def _max_drafts(self, request: Request) -> int:
+        """All of these can be right, and the token after them is still one that the request may draw."""
+        if request.request_id in self._prefill_only:
+            return 0
+        num_left = min(
+            request.sampling.max_tokens - request.num_output_tokens, self._max_model_len - request.num_tokens
+        )
+        return num_left - 1
+
+    def _entry(self, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> PlanEntry:
+        """The next `num_tokens` tokens of the request, and guesses of those after them.
+
+        Tokens are drawn only where the request has no others.
+        """
         start, known = request.num_computed_tokens, request.num_tokens
-        end = start + num_tokens
+        end, sampling = start + num_tokens, request.sampling
         return PlanEntry(
-            request_id=request.request_id,
-            token_ids=tuple(request.token_ids(start, end)),
-            start=start,
-            block_ids=self._pool.table(request.request_id),
-            sampling=request.sampling if end == known else None,
-            num_output_tokens=known - request.num_prompt_tokens,
-            history=request.packed_token_ids() if end == known and request.sampling.looks_back else b"",
-            prompt_targets=request.prompt_targets(start, end),
-            num_prompt_top=request.sampling.prompt_logprobs or 0,
+            request.request_id,
+            (*request.token_ids(start, end), *drafts),
+            start,
+            self._pool.table(request.request_id),
+            sampling if end == known else None,
+            known - request.num_prompt_tokens,
+            len(drafts),
+            request.packed_token_ids() if end == known and sampling.looks_back else b"",
+            request.prompt_targets(start, end),
+            sampling.prompt_logprobs or 0,
         )
 
     def _end_step(self, plan: Plan) -> list[tuple[PlanEntry, Request]]:
@@ -333,7 +355,7 @@ class Scheduler:
         while finish_reason is None and num_taken < len(drawn.token_ids):
             finish_reason = request.append(drawn.token_ids[num_taken], self._max_model_len)
             num_taken += 1
-        self._computed(request, end + num_taken - 1)
+        self._pool.computed(request, end + num_taken - 1)
         if finish_reason is not None:
             self._finish(request)
         elif request.request_id in self._prefill_only:
@@ -342,6 +364,8 @@ class Scheduler:
 
     def _finish(self, request: Request) -> None:
         self._move(request, RequestState.FINISHED)
+        if self._speculator is not None:
+            self._speculator.forget(request)
         del self._requests[request.request_id]
         self._prefill_only.discard(request.request_id)
         if self._in_step.pop(request.request_id, None) is not None:

@@ -1,6 +1,5 @@
 """Hand-made plans: what a step computes, and when it says so."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ def prompt(request_id: str = "a", blocks: tuple[int, ...] = BLOCKS) -> PlanEntry
 def test_one_token_for_each_entry_that_samples(engine: Engine) -> None:
     other = PlanEntry("b", (5, 6, 7), 0, (1,), None)
     assert engine.runner.run(Plan((prompt(), other))).drawn.keys() == {"a"}
-    assert engine.runner.run(Plan((replace(prompt(), sampling=None),))) == StepResult({})
+    assert engine.runner.run(Plan((prompt()._replace(sampling=None),))) == StepResult({})
 
 
 def test_an_empty_plan_does_nothing(engine: Engine) -> None:
@@ -97,14 +96,14 @@ def test_kv_that_was_carried_over_decodes_like_kv_that_was_computed(
     for layer in range(engine.layout.num_layers):
         other.storage.write(layer, table, 0, len(PROMPT), engine.storage.read(layer, BLOCKS, 0, len(PROMPT)))
     step = PlanEntry("a", first, len(PROMPT), BLOCKS, GREEDY)
-    here, there = engine.runner.run(Plan((step,))), other.runner.run(Plan((replace(step, block_ids=table),)))
+    here, there = engine.runner.run(Plan((step,))), other.runner.run(Plan((step._replace(block_ids=table),)))
     assert here == there
 
 
 def test_garbage_of_an_earlier_request_can_not_reach_another(engine: Engine) -> None:
     """Blocks come back with whatever they held, be it not-a-number."""
     entries = [PlanEntry("short", (5,), 0, (3,), GREEDY), PlanEntry("long", (6,), 12, (9,), GREEDY)]
-    engine.runner.run(Plan((replace(entries[1], token_ids=PROMPT[:12], start=0, sampling=None),)))
+    engine.runner.run(Plan((entries[1]._replace(token_ids=PROMPT[:12], start=0, sampling=None),)))
     clean = engine.runner.run(Plan(tuple(entries)))
     for layer in engine.storage.layers:
         for view in token_views(layer):
@@ -113,7 +112,7 @@ def test_garbage_of_an_earlier_request_can_not_reach_another(engine: Engine) -> 
 
 
 def draw_one_by_one(engine: Engine, sampling: SamplingParams, num_tokens: int) -> list[int]:
-    tokens = list(engine.runner.run(Plan((replace(prompt(), sampling=sampling),))).drawn["a"].token_ids)
+    tokens = list(engine.runner.run(Plan((prompt()._replace(sampling=sampling),))).drawn["a"].token_ids)
     while len(tokens) < num_tokens:
         step = PlanEntry("a", (tokens[-1],), len(PROMPT) + len(tokens) - 1, BLOCKS, sampling, len(tokens))
         tokens += engine.runner.run(Plan((step,))).drawn["a"].token_ids

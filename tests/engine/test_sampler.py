@@ -17,7 +17,7 @@ from engine.sampler import sample as sample_entries
 
 def sample(logits: torch.Tensor, entries: list[PlanEntry]) -> list[int]:
     """One token for each entry, whatever their request ids."""
-    drawn = sample_entries(logits, [replace(entry, request_id=str(i)) for i, entry in enumerate(entries)])
+    drawn = sample_entries(logits, [entry._replace(request_id=str(i)) for i, entry in enumerate(entries)])
     return [drawn[str(i)].token_ids[0] for i in range(len(entries))]
 
 
@@ -268,7 +268,7 @@ def test_tokens_are_the_same_alone_batched_drafted_and_resumed(
         sampling = replace(PARAMS, stop_token_ids=(0,), **{**params, **changes})
         at = PlanEntry(name, (*tokens[-1:], *drafts), len(tokens) - 1, (0,), sampling, len(tokens) - 3, len(drafts))
         rows = torch.stack([logits([*tokens, *drafts[:i]]) for i in range(len(drafts) + 1)])
-        return replace(at, history=np.array(tokens, np.int32).tobytes() if sampling.looks_back else b""), rows
+        return at._replace(history=np.array(tokens, np.int32).tobytes() if sampling.looks_back else b""), rows
 
     def run(steps: list[tuple[PlanEntry, torch.Tensor]]) -> Any:
         return sample_entries(torch.cat([rows for _, rows in steps]), [at for at, _ in steps])["a"]

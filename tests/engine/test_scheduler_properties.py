@@ -7,6 +7,7 @@ wrong token. Prompts are made of few pieces, so that many begin alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 from zlib import crc32
@@ -25,9 +26,10 @@ from hypothesis.stateful import (
 from core.request import Request, RequestState
 from core.sampling import SamplingParams
 from engine.block_pool import BlockPool
-from engine.plan import Drawn, Plan, StepOutput, StepResult
+from engine.plan import Drawn, Plan, PlanEntry, StepOutput, StepResult
 from engine.prefix_index import PrefixIndex
 from engine.scheduler import Scheduler
+from engine.speculation.speculator import Speculator
 
 STOP = 0
 VOCAB_SIZE = 64
@@ -63,8 +65,43 @@ class PagedMemory:
 def compute(plan: Plan, memory: PagedMemory) -> StepResult:
     for entry in plan.entries:
         memory.write(entry.block_ids, entry.start, list(entry.token_ids))
-    drawn = (entry for entry in plan.entries if entry.sampling is not None)
-    return StepResult({e.request_id: Drawn((next_token(memory.read(e.block_ids, e.end)),)) for e in drawn})
+    return StepResult({e.request_id: draw(e, memory) for e in plan.entries if e.sampling is not None})
+
+
+def draw(entry: PlanEntry, memory: PagedMemory) -> Drawn:
+    """Each row on its own, and then as many as are right."""
+    first = entry.end - entry.num_drafts
+    drawn = [next_token(memory.read(entry.block_ids, end)) for end in range(first, entry.end + 1)]
+    drafts = entry.token_ids[first - entry.start :]
+    num_right = next((i for i, draft in enumerate(drafts) if draft != drawn[i]), len(drafts))
+    return Drawn(tuple(drawn[: num_right + 1]), in_vain=tuple(drawn[num_right + 1 :]))
+
+
+class Guesser:
+    """Guesses that are right for a while, and then mostly wrong."""
+
+    seconds_per_token = 0.0
+
+    def __init__(self) -> None:
+        self.known: set[Request] = set()
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[list[int]]:
+        self.known.update(request for request, _ in wanted)
+        return [self.guess(request.token_ids(0, request.num_tokens), limit) for request, limit in wanted]
+
+    def guess(self, token_ids: list[int], limit: int) -> list[int]:
+        known, num_right = len(token_ids), crc32(bytes(token_ids[::-1])) % 4
+        while len(token_ids) < known + limit:
+            wrong = len(token_ids) - known >= num_right
+            token_ids.append((next_token(token_ids) + wrong) % VOCAB_SIZE)
+        return token_ids[known:]
+
+    def learn(self, request: Request, token_ids: Sequence[int], drawn: Sequence[int]) -> None:
+        assert list(token_ids) == (request.token_ids(0, request.num_tokens) + list(token_ids[1:]))[-len(token_ids) :]
+        assert len(token_ids) == len(drawn)
+
+    def forget(self, request: Request) -> None:
+        self.known.discard(request)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -78,11 +115,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_batched_tokens=st.integers(1, 8),
         max_num_seqs=st.integers(2, 5),
         caching=st.sampled_from([True, True, False]),
+        max_drafts=st.sampled_from([0, 1, 3]),
     )
-    def start(self, num_blocks: int, block_size: int, caching: bool, **limits: int) -> None:
+    def start(self, num_blocks: int, block_size: int, caching: bool, max_drafts: int, **limits: Any) -> None:
         self.max_model_len = num_blocks * block_size
         self.pool = BlockPool(num_blocks, block_size, PrefixIndex("m", block_size) if caching else None)
-        self.scheduler = Scheduler(self.pool, max_model_len=self.max_model_len, **limits)
+        self.guesser = Guesser()
+        speculator = Speculator(self.guesser, max_drafts) if max_drafts else None
+        self.scheduler = Scheduler(self.pool, max_model_len=self.max_model_len, speculator=speculator, **limits)
         self.memory = PagedMemory(block_size)
         self.limits = limits
         self.progress: dict[str, int] = {}  # computed positions, as the plans tell them
@@ -160,8 +200,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.check_prefix(request, entry.block_ids)
                 self.progress[entry.request_id] = request.num_computed_tokens
             assert entry.start == self.progress[entry.request_id]
-            assert list(entry.token_ids) == request.token_ids(entry.start, entry.end) != []
-            assert (entry.sampling is not None) == (entry.end == request.num_tokens)
+            end = entry.end - entry.num_drafts
+            assert list(entry.token_ids[: end - entry.start]) == request.token_ids(entry.start, end) != []
+            assert (entry.sampling is not None) == (end == request.num_tokens)
+            assert entry.end < self.max_model_len or not entry.num_drafts
+            assert entry.end <= len(entry.block_ids) * self.pool.block_size
         self.in_step = {entry.request_id: self.scheduler.requests[entry.request_id] for entry in plan.entries}
         self.plan = plan if plan else None
 
@@ -186,7 +229,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         for entry in plan.entries:
             if self.scheduler.requests.get(entry.request_id) is self.in_step[entry.request_id]:
-                self.progress[entry.request_id] = entry.end
+                self.progress[entry.request_id] = entry.end - entry.num_drafts
+                if drawn := result.drawn.get(entry.request_id):
+                    self.progress[entry.request_id] += len(drawn.token_ids) - 1
         for output in self.scheduler.update(plan, result):
             self.check(output)
 
@@ -220,6 +265,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert self.scheduler.requests.keys() == self.progress.keys()
         requests = self.scheduler.requests.values()
+        assert self.guesser.known <= set(requests)
         held = {block for request in requests for block in self.pool.table(request.request_id)}
         assert self.pool.num_free_blocks + self.pool.num_retired_blocks + len(held) == self.pool.num_blocks
 

@@ -1,0 +1,77 @@
+"""How many guesses are worth their while."""
+
+from __future__ import annotations
+
+import math
+
+FADE = 0.98
+"""Weight of a step against the one after it."""
+FIRST_RATE = 0.7
+"""Share of guesses that is taken to be right before any was verified."""
+RATE_STEP = 0.2
+"""Weight of the last guess in a request's rate."""
+MAX_RATE = 0.999
+PROBE_INTERVAL = 32
+"""Steps after which a request that gave up guessing tries again."""
+PROBE_TOKENS = 2
+MAX_SURPRISE = 4.0
+"""A step that took this many times what was expected was held up by something else: more than that does not count."""
+
+
+class StepCost:
+    """Seconds of a step by its number of rows: a line through the steps of late, fitted by least squares."""
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._seconds = self._rows2 = self._product = 0.0
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        if self._weight:
+            seconds = min(seconds, MAX_SURPRISE * self.of_step(num_rows))
+        self._weight = FADE * self._weight + 1
+        self._rows = FADE * self._rows + num_rows
+        self._seconds = FADE * self._seconds + seconds
+        self._rows2 = FADE * self._rows2 + num_rows**2
+        self._product = FADE * self._product + num_rows * seconds
+
+    @property
+    def of_row(self) -> float:
+        """Seconds that one row more takes; 0 until steps of different sizes were seen."""
+        spread = self._rows2 * self._weight - self._rows**2
+        if spread <= 1e-6 * self._rows2 * self._weight:
+            return 0.0
+        slope = (self._product * self._weight - self._rows * self._seconds) / spread
+        return min(max(slope, 0.0), self._seconds / self._rows)  # a step of no rows takes no less than no time
+
+    def of_step(self, num_rows: int) -> float:
+        if not self._weight:
+            return 0.0
+        mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
+        return mean_seconds + self.of_row * (num_rows - mean_rows)
+
+
+class Pace:
+    """Of one request: how often its guesses are right, and so how many of them pay."""
+
+    def __init__(self) -> None:
+        self.rate = FIRST_RATE
+        self._num_idle = 0
+
+    def observe(self, num_guesses: int, num_right: int) -> None:
+        """Guesses behind the first wrong one were not put to the test."""
+        for right in [1.0] * num_right + [0.0] * (num_guesses > num_right):
+            self.rate = min(MAX_RATE, self.rate + RATE_STEP * (right - self.rate))
+
+    def length(self, least_chance: float, limit: int) -> int:
+        """Guesses to make: as many as are right with more than `least_chance`, each only if those before it are."""
+        if limit <= 0:
+            return 0
+        if least_chance <= 0:
+            return limit
+        if self.rate > least_chance:
+            self._num_idle = 0
+            return min(limit, math.ceil(math.log(least_chance) / math.log(self.rate)) - 1)
+        self._num_idle += 1
+        if self._num_idle < PROBE_INTERVAL:
+            return 0
+        self._num_idle = 0
+        return min(limit, PROBE_TOKENS)

@@ -1,0 +1,84 @@
+"""Speculative decoding: guess several tokens, verify them in one step, keep those that are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from core.request import Request
+from engine.plan import Drawn, PlanEntry, StepResult
+from engine.speculation.pace import Pace, StepCost
+from engine.speculation.proposer import Proposer
+
+FADE = 0.9
+"""Weight of a step against the one after it, where tokens are counted."""
+
+
+class Speculator:
+    """Decides how many tokens are guessed for which request, asks a proposer for them, and keeps account.
+
+    **Lossless.** Every guess is a row of the step, and the sampler draws a token for every row. What it draws depends
+    on the row's logits, the parameters, the seed and the position, and on a CPU logits do not depend on which rows are
+    computed together: so the row after right guesses draws what it would have drawn in a step of its own. A guess is
+    right if it is the token drawn; the first wrong one is replaced by what was drawn, the rest is dropped. Greedy or
+    sampled, the output is that without guesses, bit for bit; no distribution has to be corrected.
+
+    **Worth it.** One row more costs a share of the step, as measured. It pays where it adds a larger share of the
+    tokens: a guess is made while the chance that it and all before it are right is greater than (cost of a row / cost
+    of the step) x tokens of the step. Chances are measured request by request. Where none pays nothing is guessed, but
+    for a probe now and then. Until steps of different sizes were timed, rows count as free.
+    """
+
+    def __init__(self, proposer: Proposer, max_tokens: int) -> None:
+        """At most `max_tokens` guesses for a request in a step."""
+        self._proposer, self.max_tokens = proposer, max_tokens
+        self._paces: dict[Request, Pace] = {}
+        self._cost = StepCost()
+        self._tokens_per_request = 1.0
+        self.num_drafts = 0
+        """Times that a request got guesses."""
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
+
+    def drafts(self, wanted: Sequence[tuple[Request, int]], budget: int) -> list[list[int]]:
+        """Guesses for requests that decode in the next step: for each no more than its limit, in all than `budget`."""
+        least_chance, asked = self._least_chance(len(wanted)), []
+        for request, limit in wanted:
+            if (pace := self._paces.get(request)) is None:
+                pace = self._paces[request] = Pace()
+            num_tokens = pace.length(least_chance, min(limit, self.max_tokens, budget))
+            budget -= num_tokens
+            asked.append(num_tokens)
+        guesses = iter(self._proposer.propose([(r, n) for (r, _), n in zip(wanted, asked, strict=True) if n]))
+        return [next(guesses) if num_tokens else [] for num_tokens in asked]
+
+    def observe(self, computed: Sequence[tuple[PlanEntry, Request]], result: StepResult) -> None:
+        """What a step drew for its entries, the tokens not yet appended to their requests."""
+        num_tokens, only_decodes = 0, True
+        for entry, request in computed:
+            only_decodes &= entry.sampling is not None and entry.num_tokens == entry.num_drafts + 1
+            if entry.sampling is not None and not (drawn := result.drawn[entry.request_id]).failure:
+                num_tokens += len(drawn.token_ids)
+                self._observe(request, entry, drawn)
+        if only_decodes and result.seconds and num_tokens:
+            self._cost.observe(sum(entry.num_tokens for entry, _ in computed), result.seconds)
+            self._tokens_per_request += (1 - FADE) * (num_tokens / len(computed) - self._tokens_per_request)
+
+    def forget(self, request: Request) -> None:
+        """The request is over."""
+        self._paces.pop(request, None)
+        self._proposer.forget(request)
+
+    def _observe(self, request: Request, entry: PlanEntry, drawn: Drawn) -> None:
+        after = entry.token_ids[-entry.num_drafts - 1 :]
+        self._proposer.learn(request, after, (*drawn.token_ids, *drawn.in_vain))
+        if entry.num_drafts:
+            num_right = len(drawn.token_ids) - 1
+            self.num_drafts += 1
+            self.num_draft_tokens += entry.num_drafts
+            self.num_accepted_tokens += num_right
+            self._paces[request].observe(entry.num_drafts, num_right)
+
+    def _least_chance(self, num_requests: int) -> float:
+        step = self._cost.of_step(num_requests)
+        row = self._cost.of_row + self._proposer.seconds_per_token
+        return row / step * self._tokens_per_request * num_requests if step > 0 else 0.0
