@@ -202,6 +202,9 @@ def worker_message(events: Sequence[Event], load: Load) -> worker_pb2.WorkerMess
             num_prefix_queries=load.num_prefix_queries,
             num_prefix_hits=load.num_prefix_hits,
             mask_wait_s=load.mask_wait_s,
+            num_drafts=load.num_drafts,
+            num_draft_tokens=load.num_draft_tokens,
+            num_accepted_tokens=load.num_accepted_tokens,
         ),
     )
 

@@ -312,6 +312,7 @@ class Worker:
 
     def load(self) -> Load:
         scheduler, index = self._engine.scheduler, self._engine.pool.index
+        counts = scheduler.draft_counts
         return Load(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -323,6 +324,9 @@ class Worker:
             num_prefix_queries=index.num_queries if index is not None else 0,
             num_prefix_hits=index.num_hits if index is not None else 0,
             mask_wait_s=self._engine.runner.mask_wait_s,
+            num_drafts=counts.num_drafts,
+            num_draft_tokens=counts.num_draft_tokens,
+            num_accepted_tokens=counts.num_accepted_tokens,
         )
 
     def check_integrity(self) -> None:

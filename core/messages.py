@@ -52,7 +52,8 @@ class WorkerHello:
 class Load:
     """A worker's state, sent with every batch of events and at least once a second.
 
-    `num_preemptions` and the tokens looked up and found in the prefix cache are counted from the worker's start.
+    From the worker's start are counted: preemptions, tokens looked up and found in the prefix cache, and drafts: times
+    that tokens were guessed, how many, and how many were right.
     """
 
     num_running: int = 0
@@ -65,6 +66,9 @@ class Load:
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
     mask_wait_s: float = 0.0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 # ---- commands

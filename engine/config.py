@@ -16,6 +16,34 @@ PRECISIONS: Mapping[str, Literal["int8", "int4"]] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """Guessing of tokens, which are then verified: outputs stay what they are."""
+
+    method: Literal["ngram", "suffix", "token_recycling", "draft_model"] | None = None
+    """Guess what followed the same tokens before, in the request (ngram) or in any (suffix); what the model last drew
+    after the same token (token_recycling); or what a smaller model says (draft_model). Null guesses nothing."""
+    num_speculative_tokens: int = 8
+    """Guesses for a request in one step, at most; fewer are made where they turn out not to pay."""
+    prompt_lookup_min: int = 2
+    """Tokens that must be the same (ngram, suffix)."""
+    prompt_lookup_max: int = 8
+    """Tokens beyond which it does not matter (ngram, suffix)."""
+    model: str | None = None
+    """Folder of the smaller model's checkpoint (draft_model)."""
+
+    def __post_init__(self) -> None:
+        path = "engine.speculative_config"
+        for name in ("num_speculative_tokens", "prompt_lookup_min"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{path}.{name}", getattr(self, name), "must be >= 1")
+        if self.prompt_lookup_max < self.prompt_lookup_min:
+            fix = f"must be >= prompt_lookup_min = {self.prompt_lookup_min}"
+            raise ConfigError(f"{path}.prompt_lookup_max", self.prompt_lookup_max, fix)
+        if (self.method == "draft_model") != (self.model is not None):
+            raise ConfigError(f"{path}.model", self.model, "must be set with method draft_model, and only then")
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Names and meanings are those that vLLM's users know."""
 
@@ -35,6 +63,8 @@ class EngineConfig:
     """Prompt and output together, in tokens; by default what the checkpoint says."""
     enable_prefix_caching: bool = True
     """Keep K and V of requests that are gone, for those that begin with the same tokens."""
+    speculative_config: SpeculativeConfig = SpeculativeConfig()
+    """Several tokens in a step, where they can be guessed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations; auto is float32 on CPU and the checkpoint's own on a GPU."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"

@@ -24,6 +24,7 @@ from engine.plan import StepOutput
 from engine.prefix_index import PrefixIndex
 from engine.runner import Runner
 from engine.scheduler import Scheduler
+from engine.speculation.methods import make_speculator
 from engine.weights import Storage, load_weights
 from kernels.threads import set_num_threads
 
@@ -80,6 +81,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
+            speculator=make_speculator(config.speculative_config),
         )
         grammars = GrammarMasks.from_checkpoint(Path(path), model_config.vocab_size, model_config.eos_token_ids)
         runner = Runner(model, storage, grammars)

@@ -49,7 +49,10 @@ def _free_bytes(model: Model, layout: KVLayout, config: EngineConfig, device: to
 def _largest_plan(config: EngineConfig, max_model_len: int) -> tuple[Plan, int]:
     """As many sampled rows and as many tokens as a step can have, and the number of blocks that it takes."""
     sampling = SamplingParams(max_tokens=1, top_p=0.9)
-    rows = [PlanEntry(f"row {i}", (0,), 0, (i,), sampling) for i in range(config.max_num_seqs)]
+    speculation = config.speculative_config
+    per_request = 1 if speculation.method is None else 1 + speculation.num_speculative_tokens
+    num_rows = min(config.max_num_seqs * per_request, config.max_num_batched_tokens)
+    rows = [PlanEntry(f"row {i}", (0,), 0, (i,), sampling) for i in range(num_rows)]
     num_tokens = min(config.max_num_batched_tokens, max_model_len)
     end = len(rows) + -(-num_tokens // config.block_size)
     prompt = PlanEntry("prompt", (0,) * num_tokens, 0, tuple(range(len(rows), end)), None)

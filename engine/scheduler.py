@@ -11,7 +11,7 @@ from core.errors import ConfigError, IntegrityError, InvalidRequestError
 from core.request import Request, RequestState
 from engine.block_pool import BlockPool
 from engine.plan import Drawn, Plan, PlanEntry, StepOutput, StepResult
-from engine.speculation.speculator import Speculator
+from engine.speculation.speculator import DraftCounts, Speculator
 
 _NOTHING = Plan(entries=())
 
@@ -101,6 +101,10 @@ class Scheduler:
     @property
     def num_preemptions(self) -> int:
         return self._num_preemptions
+
+    @property
+    def draft_counts(self) -> DraftCounts:
+        return self._speculator.counts if self._speculator is not None else DraftCounts()
 
     def add(self, request: Request, *, prefill_only: bool = False) -> None:
         """Queue a new request. With `prefill_only` it stops after its first token and is HELD until it is released."""

@@ -57,6 +57,9 @@ def cluster_sample(info: ClusterInfo) -> ClusterSample:
                 num_prefix_queries=worker.load.num_prefix_queries,
                 num_prefix_hits=worker.load.num_prefix_hits,
                 mask_wait_s=worker.load.mask_wait_s,
+                num_drafts=worker.load.num_drafts,
+                num_draft_tokens=worker.load.num_draft_tokens,
+                num_accepted_tokens=worker.load.num_accepted_tokens,
             )
             for worker in info.workers
             if worker.connected

@@ -117,6 +117,9 @@ def _load(load: pb.Load) -> Load:
         num_prefix_queries=load.num_prefix_queries,
         num_prefix_hits=load.num_prefix_hits,
         mask_wait_s=load.mask_wait_s,
+        num_drafts=load.num_drafts,
+        num_draft_tokens=load.num_draft_tokens,
+        num_accepted_tokens=load.num_accepted_tokens,
     )
 
 

@@ -24,6 +24,9 @@ class WorkerSample:
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
     mask_wait_s: float = 0.0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,9 @@ _WORKER_COUNTERS: Sequence[tuple[str, str, Callable[[WorkerSample], int]]] = (
     ("num_preemptions", "Requests sent back to wait for blocks", lambda w: w.num_preemptions),
     ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", lambda w: w.num_prefix_queries),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda w: w.num_prefix_hits),
+    ("spec_decode_num_drafts", "Times that next tokens were guessed", lambda w: w.num_drafts),
+    ("spec_decode_num_draft_tokens", "Tokens that were guessed", lambda w: w.num_draft_tokens),
+    ("spec_decode_num_accepted_tokens", "Guessed tokens that were right", lambda w: w.num_accepted_tokens),
 )
 """Of each worker as `penstock_worker_*`, and as `vllm:*` of all that were ever there."""
 

@@ -8,21 +8,29 @@ FADE = 0.98
 """Weight of a step against the one after it."""
 FIRST_RATE = 0.7
 """Share of guesses that is taken to be right before any was verified."""
-RATE_STEP = 0.2
+RATE_STEP = 0.1
 """Weight of the last guess in a request's rate."""
 MAX_RATE = 0.999
 PROBE_INTERVAL = 32
 """Steps after which a request that gave up guessing tries again."""
 PROBE_TOKENS = 2
+MIN_SPREAD = 0.003
+"""Variance of the number of rows, as a share of its mean square, from which on a slope means something."""
 MAX_SURPRISE = 4.0
 """A step that took this many times what was expected was held up by something else: more than that does not count."""
 
 
 class StepCost:
-    """Seconds of a step by its number of rows: a line through the steps of late, fitted by least squares."""
+    """Seconds of a step by its number of rows: a line through the steps of late, fitted by least squares.
+
+    `of_row` is what one row more takes: 0 before steps of different sizes were seen, and what it was last when they
+    have become alike since. `varied` says whether they differ enough now.
+    """
 
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._rows2 = self._product = 0.0
+        self.of_row = 0.0
+        self.varied = False
 
     def observe(self, num_rows: int, seconds: float) -> None:
         if self._weight:
@@ -32,15 +40,11 @@ class StepCost:
         self._seconds = FADE * self._seconds + seconds
         self._rows2 = FADE * self._rows2 + num_rows**2
         self._product = FADE * self._product + num_rows * seconds
-
-    @property
-    def of_row(self) -> float:
-        """Seconds that one row more takes; 0 until steps of different sizes were seen."""
         spread = self._rows2 * self._weight - self._rows**2
-        if spread <= 1e-6 * self._rows2 * self._weight:
-            return 0.0
-        slope = (self._product * self._weight - self._rows * self._seconds) / spread
-        return min(max(slope, 0.0), self._seconds / self._rows)  # a step of no rows takes no less than no time
+        self.varied = spread > MIN_SPREAD * self._rows2 * self._weight
+        if self.varied:
+            slope = (self._product * self._weight - self._rows * self._seconds) / spread
+            self.of_row = min(max(slope, 0.0), self._seconds / self._rows)  # no rows take no less than no time
 
     def of_step(self, num_rows: int) -> float:
         if not self._weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from core.request import Request
 from engine.plan import Drawn, PlanEntry, StepResult
@@ -10,7 +11,20 @@ from engine.speculation.pace import Pace, StepCost
 from engine.speculation.proposer import Proposer
 
 FADE = 0.9
-"""Weight of a step against the one after it, where tokens are counted."""
+"""Weight of a step against the one after it, in tokens per second."""
+
+
+class DraftCounts(NamedTuple):
+    """Since the start: times that a request got guesses, guesses, and those that were right."""
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    def plus(self, num_guesses: int, num_right: int) -> DraftCounts:
+        return DraftCounts(
+            self.num_drafts + 1, self.num_draft_tokens + num_guesses, self.num_accepted_tokens + num_right
+        )
 
 
 class Speculator:
@@ -22,10 +36,10 @@ class Speculator:
     right if it is the token drawn; the first wrong one is replaced by what was drawn, the rest is dropped. Greedy or
     sampled, the output is that without guesses, bit for bit; no distribution has to be corrected.
 
-    **Worth it.** One row more costs a share of the step, as measured. It pays where it adds a larger share of the
-    tokens: a guess is made while the chance that it and all before it are right is greater than (cost of a row / cost
-    of the step) x tokens of the step. Chances are measured request by request. Where none pays nothing is guessed, but
-    for a probe now and then. Until steps of different sizes were timed, rows count as free.
+    **Worth it.** One row more costs time, as measured, and in that time other rows would give tokens, as measured too.
+    So a guess is made while the chance that it and all before it are right is greater than the number of those tokens.
+    Chances are measured request by request. Where none is great enough nothing is guessed, but for a probe now and
+    then; where all steps have guesses, one now and then has none, to see what that costs.
     """
 
     def __init__(self, proposer: Proposer, max_tokens: int) -> None:
@@ -33,15 +47,19 @@ class Speculator:
         self._proposer, self.max_tokens = proposer, max_tokens
         self._paces: dict[Request, Pace] = {}
         self._cost = StepCost()
-        self._tokens_per_request = 1.0
-        self.num_drafts = 0
-        """Times that a request got guesses."""
-        self.num_draft_tokens = 0
-        self.num_accepted_tokens = 0
+        self._tokens_per_second = 0.0
+        self._drafted = False  # in the last step that was timed
+        self._counts = DraftCounts()
+
+    @property
+    def counts(self) -> DraftCounts:
+        return self._counts
 
     def drafts(self, wanted: Sequence[tuple[Request, int]], budget: int) -> list[list[int]]:
         """Guesses for requests that decode in the next step: for each no more than its limit, in all than `budget`."""
-        least_chance, asked = self._least_chance(len(wanted)), []
+        if self._drafted and not self._cost.varied:
+            budget = 0  # a step without, to compare
+        least_chance, asked = self._least_chance, []
         for request, limit in wanted:
             if (pace := self._paces.get(request)) is None:
                 pace = self._paces[request] = Pace()
@@ -60,8 +78,9 @@ class Speculator:
                 num_tokens += len(drawn.token_ids)
                 self._observe(request, entry, drawn)
         if only_decodes and result.seconds and num_tokens:
-            self._cost.observe(sum(entry.num_tokens for entry, _ in computed), result.seconds)
-            self._tokens_per_request += (1 - FADE) * (num_tokens / len(computed) - self._tokens_per_request)
+            num_rows = sum(entry.num_tokens for entry, _ in computed)
+            self._drafted = num_rows > len(computed)
+            self._time(num_rows, num_tokens, result.seconds)
 
     def forget(self, request: Request) -> None:
         """The request is over."""
@@ -73,12 +92,18 @@ class Speculator:
         self._proposer.learn(request, after, (*drawn.token_ids, *drawn.in_vain))
         if entry.num_drafts:
             num_right = len(drawn.token_ids) - 1
-            self.num_drafts += 1
-            self.num_draft_tokens += entry.num_drafts
-            self.num_accepted_tokens += num_right
+            self._counts = self._counts.plus(entry.num_drafts, num_right)
             self._paces[request].observe(entry.num_drafts, num_right)
 
-    def _least_chance(self, num_requests: int) -> float:
-        step = self._cost.of_step(num_requests)
-        row = self._cost.of_row + self._proposer.seconds_per_token
-        return row / step * self._tokens_per_request * num_requests if step > 0 else 0.0
+    def _time(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """A step took that long in which requests do nothing but decode."""
+        self._cost.observe(num_rows, seconds)
+        tokens_per_second = num_tokens / seconds
+        if not self._tokens_per_second:
+            self._tokens_per_second = tokens_per_second
+        self._tokens_per_second += (1 - FADE) * (tokens_per_second - self._tokens_per_second)
+
+    @property
+    def _least_chance(self) -> float:
+        """Tokens that the time of a guess and its row gives otherwise."""
+        return (self._cost.of_row + self._proposer.seconds_per_token) * self._tokens_per_second

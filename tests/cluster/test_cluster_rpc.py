@@ -25,6 +25,7 @@ COMMANDS: tuple[type, ...] = get_args(Command)
 EVENTS: tuple[type, ...] = get_args(Event)
 SOME = settings(max_examples=30)
 WIDE = {"checksum", "num_bytes", "num_preemptions", "num_prefix_queries", "num_prefix_hits"}
+WIDE |= {f"num_{counted}" for counted in ("drafts", "draft_tokens", "accepted_tokens")}
 """Fields of 64 bits on the wire."""
 
 

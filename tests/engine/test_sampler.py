@@ -226,7 +226,7 @@ def test_log_probabilities_are_those_of_the_model(device: torch.device) -> None:
     logits = torch.randn(2, VOCAB, device=device) * 3
     expected = logits.double().log_softmax(dim=-1)
     rules = {"temperature": 0, "logit_bias": ((4, 100.0),), "repetition_penalty": 2.0, "logprobs": 3}
-    rows = [replace(entry(10, 1, PROMPT, **rules), request_id="a"), replace(entry(), request_id="b")]
+    rows = [entry(10, 1, PROMPT, **rules)._replace(request_id="a"), entry()._replace(request_id="b")]
     drawn = sample_entries(logits, rows)
     [told] = drawn["a"].logprobs
     assert (told.token_id, drawn["a"].token_ids, drawn["b"].logprobs) == (4, (4,), ())

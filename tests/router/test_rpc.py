@@ -221,6 +221,10 @@ def test_hello_and_load_come_whole() -> None:
             draining=True,
             num_prefix_queries=7,
             num_prefix_hits=8,
+            num_drafts=9,
+            num_draft_tokens=10,
+            num_accepted_tokens=11,
+            mask_wait_s=0.5,
         ),
     )
     message = message_from_wire(wire)
@@ -229,7 +233,7 @@ def test_hello_and_load_come_whole() -> None:
     assert message.hello.layout == LAYOUT
     assert (message.hello.credits, message.hello.num_blocks, message.hello.max_model_len) == (4, 5, 6)
     assert (message.hello.kv_address, message.hello.device, message.hello.wire_version) == ("host:2", "cpu", 1)
-    assert message.load == Load(1, 2, 3, 4, 5, 6, True, 7, 8)
+    assert message.load == Load(1, 2, 3, 4, 5, 6, True, 7, 8, 0.5, 9, 10, 11)
     assert message_from_wire(pb.WorkerMessage()).load is None
 
 

@@ -114,6 +114,9 @@ COUNTED = [
     ("num_preemptions",) * 2,
     ("prefix_cache_queries", "num_prefix_queries"),
     ("prefix_cache_hits", "num_prefix_hits"),
+    ("spec_decode_num_drafts", "num_drafts"),
+    ("spec_decode_num_draft_tokens", "num_draft_tokens"),
+    ("spec_decode_num_accepted_tokens", "num_accepted_tokens"),
 ]
 
 

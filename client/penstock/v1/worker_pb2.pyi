@@ -248,6 +248,9 @@ class Load(google.protobuf.message.Message):
     NUM_PREFIX_QUERIES_FIELD_NUMBER: builtins.int
     NUM_PREFIX_HITS_FIELD_NUMBER: builtins.int
     MASK_WAIT_S_FIELD_NUMBER: builtins.int
+    NUM_DRAFTS_FIELD_NUMBER: builtins.int
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_held: builtins.int
@@ -263,6 +266,11 @@ class Load(google.protobuf.message.Message):
     """and found there"""
     mask_wait_s: builtins.float
     """steps waited for the token masks of grammars, in all"""
+    num_drafts: builtins.int
+    """times that next tokens were guessed"""
+    num_draft_tokens: builtins.int
+    num_accepted_tokens: builtins.int
+    """guesses that were right"""
     def __init__(
         self,
         *,
@@ -276,8 +284,11 @@ class Load(google.protobuf.message.Message):
         num_prefix_queries: builtins.int = ...,
         num_prefix_hits: builtins.int = ...,
         mask_wait_s: builtins.float = ...,
+        num_drafts: builtins.int = ...,
+        num_draft_tokens: builtins.int = ...,
+        num_accepted_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "mask_wait_s", b"mask_wait_s", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_prefix_hits", b"num_prefix_hits", "num_prefix_queries", b"num_prefix_queries", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "mask_wait_s", b"mask_wait_s", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "num_drafts", b"num_drafts", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_prefix_hits", b"num_prefix_hits", "num_prefix_queries", b"num_prefix_queries", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
 
