@@ -187,7 +187,8 @@ def _group_scheme(config: Fields, group: Fields) -> Scheme:
     dynamic = activations.get("dynamic") is True and activations.get("strategy") in (None, "token")
     if not dynamic or activations.get("num_bits") != 8 or not activations.boolean("symmetric", default=True):
         raise group.error("input_activations", "must be 8 bits, symmetric, dynamic, token by token; or left out")
-    if own_format != "int-quantized" or weights.get("num_bits") != 8 or group_size is not None or not symmetric:
+    by_row = weights.get("num_bits") == 8 and group_size is None and symmetric
+    if own_format not in ("int-quantized", "naive-quantized") or not by_row:
         raise group.error("weights", "must be 8 bits, symmetric, a scale for each channel, with quantised activations")
     return Scheme("int8", 8)
 

@@ -6,6 +6,7 @@ from engine.families.layer_rules import by_sparse_step, sliding_in_upper_layers,
 QWEN2 = Family(
     "Qwen2ForCausalLM",
     defaults={"sliding_window": 4096},
+    only={"dual_chunk_attention_config": ()},
     layer_types=sliding_in_upper_layers,
     attention_bias="qkv",
 )
