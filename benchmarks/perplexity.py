@@ -2,7 +2,7 @@
 
     python -m benchmarks.perplexity --json
 
-With --json the last line is one object, {"rows": [...]}; a row's `change` is perplexity / that of float32 - 1. The text
+With --json the last line is one object, {"machine": ..., "rows": [...]}; a row's `change` is perplexity / that of float32 - 1. The text
 is the beginning of each of the longest modules of this interpreter that training held out. The checkpoint is in
 bfloat16, so that of weights in bfloat16 nothing is lost.
 """
@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
+from benchmarks.machine import machine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import Plan, PlanEntry
@@ -97,7 +98,8 @@ def main() -> None:
     for row in found:
         print(f"{row.precision:32} {row.perplexity:9.4f} {row.change:+9.4%}")
     if arguments.json:
-        print(json.dumps({"texts": arguments.texts, "rows": [asdict(row) for row in found]}))
+        result = {"machine": machine(), "texts": arguments.texts, "rows": [asdict(row) for row in found]}
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

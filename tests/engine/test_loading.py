@@ -45,7 +45,7 @@ print(kib("VmHWM") - before)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """160 MiB of float32."""
+    """192 MiB of float32."""
     folder, one = tmp_path_factory.mktemp("large"), torch.ones(1)
     tensors = {"model.embed_tokens.weight": one.expand(8192, 1024), "model.norm.weight": one.expand(1024)}
     for layer in range(2):
@@ -61,11 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("quantization", "item_bytes"), [((), 4), (("int8",), 1), (("int4",), 0.5)])
 def test_peak_memory_is_that_of_weights_and_kv(folder: Path, quantization: tuple[str, ...], item_bytes: float) -> None:
-    """Above what Python and torch take: a copy of the file's 160 MiB anywhere would go beyond the limit."""
+    """Above what Python and torch take: a copy of the file's 192 MiB anywhere would go beyond the limit."""
     command = [sys.executable, "-c", CODE, str(folder), *quantization]
     taken = 1024 * int(subprocess.run(command, capture_output=True, check=True, timeout=100).stdout)
     weights = NUM_LAYER_WEIGHTS * item_bytes + NUM_HEAD_WEIGHTS * max(item_bytes, 1)
-    assert weights + KV_BYTES < taken < weights + KV_BYTES + 72 * MIB
+    assert weights + KV_BYTES < taken < weights + KV_BYTES + 120 * MIB
 
 
 def test_a_tensor_that_is_not_aligned_is_read(tmp_path: Path) -> None:
