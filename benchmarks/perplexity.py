@@ -2,9 +2,9 @@
 
     python -m benchmarks.perplexity --json
 
-With --json the last line is one object, {"machine": ..., "rows": [...]}; a row's `change` is perplexity / that of float32 - 1. The text
-is the beginning of each of the longest modules of this interpreter that training held out. The checkpoint is in
-bfloat16, so that of weights in bfloat16 nothing is lost.
+With --json the last line is one object, {"machine": ..., "rows": [...]}; a row's `change` is perplexity / that of
+float32 - 1. The text is the beginning of each of the longest modules of this interpreter that training held out. The
+checkpoint is in bfloat16, so that of weights in bfloat16 nothing is lost.
 """
 
 from __future__ import annotations
