@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, chain
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from core.errors import IntegrityError
 from engine.plan import Plan, PlanEntry
 from kernels.paged_kv import Spans
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,41 +39,45 @@ class StepInputs:
 def build_step_inputs(plan: Plan, block_size: int, vocab_size: int, device: torch.device) -> StepInputs:
     """Lay out a plan that has entries. `IntegrityError` where a token id is not in the vocabulary."""
     entries = sorted(plan.entries, key=lambda e: (e.num_tokens > 1, e.end if e.num_tokens == 1 else 0))
-    token_ids = np.fromiter(chain.from_iterable(e.token_ids for e in entries), np.int64)
-    if token_ids.min() < 0 or token_ids.max() >= vocab_size:
+    tokens, positions, slots, sampled, scored = (array("q") for _ in range(5))
+    table, blocks = array("i"), array("i")
+    for e in entries:
+        row, end_row = len(tokens), len(tokens) + e.num_tokens
+        table.extend((row, e.num_tokens, e.start, len(blocks)))
+        blocks.extend(e.block_ids[: -(-e.end // block_size)])
+        tokens.extend(e.token_ids)
+        positions.extend(range(e.start, e.end))
+        for part in _slots(e, block_size):
+            slots.extend(part)
+        if e.sampling is not None:
+            sampled.extend(range(end_row - 1 - e.num_drafts, end_row))
+        scored.extend(range(row, row + len(e.prompt_targets)))
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
         raise IntegrityError(f"a token id of the plan is outside of the vocabulary, [0, {vocab_size})")
-    tables = [e.block_ids[: -(-e.end // block_size)] for e in entries]
-    num_rows = [e.num_tokens for e in entries]
-    ends, table_ends = list(accumulate(num_rows)), list(accumulate(map(len, tables)))
-    blocks = np.fromiter(chain.from_iterable(tables), np.int32, table_ends[-1])
-    spans = [
-        (end - num, num, e.start, table_end - len(table))
-        for end, num, e, table_end, table in zip(ends, num_rows, entries, table_ends, tables, strict=True)
-    ]
-    table = np.array(spans, np.int32)
-    row_starts, _, starts, offsets = np.repeat(table, num_rows, axis=0).T
-    positions = np.arange(token_ids.size) - row_starts + starts
-    slots = blocks[offsets + positions // block_size].astype(np.int64) * block_size + positions % block_size
-    draws = [(e, end) for e, end in zip(entries, ends, strict=True) if e.sampling is not None]
-    sampled = [row for e, end in draws for row in range(end - 1 - e.num_drafts, end)]
-    scored = [span[0] + i for e, span in zip(entries, spans, strict=True) for i in range(len(e.prompt_targets))]
-    wide = _to_device(np.concatenate((token_ids, positions, slots, np.array(sampled + scored, np.int64))), device)
-    packed = _to_device(np.concatenate((table.ravel(), blocks)), device)
-    tokens, at, places, sampled_rows, scored_rows = torch.split(
-        wide, [token_ids.size] * 3 + [len(sampled), len(scored)]
-    )
+    wide = _to_device(tokens + positions + slots + sampled + scored, torch.int64, device)
+    packed = _to_device(table + blocks, torch.int32, device)
+    on_device = packed[: len(table)].view(-1, 4)
+    host_table = on_device if device.type == "cpu" else torch.frombuffer(table, dtype=torch.int32).view(-1, 4)
+    parts = torch.split(wide, [*[len(tokens)] * 3, len(sampled), len(scored)])
     return StepInputs(
-        tokens,
-        at,
-        places,
-        Spans(packed[: table.size].view(-1, 4), packed[table.size :], torch.from_numpy(table)),
-        tuple(e for e, _ in draws),
-        sampled_rows,
-        tuple(e for e in entries if e.prompt_targets),
-        scored_rows,
+        token_ids=parts[0],
+        positions=parts[1],
+        slots=parts[2],
+        spans=Spans(on_device, packed[len(table) :], host_table),
+        sampled=tuple(e for e in entries if e.sampling is not None),
+        sampled_rows=parts[3],
+        scored=tuple(e for e in entries if e.prompt_targets),
+        scored_rows=parts[4],
     )
 
 
-def _to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
+def _slots(entry: PlanEntry, block_size: int) -> Iterator[range]:
+    """Where K and V of the entry's tokens go, block by block."""
+    for block in range(entry.start // block_size, -(-entry.end // block_size)):
+        first, to_slot = block * block_size, (entry.block_ids[block] - block) * block_size
+        yield range(max(entry.start, first) + to_slot, min(entry.end, first + block_size) + to_slot)
+
+
+def _to_device(numbers: array[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    tensor = torch.frombuffer(numbers, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
