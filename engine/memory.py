@@ -9,27 +9,31 @@ from core.kv_layout import KVLayout
 from core.sampling import SamplingParams
 from engine.config import EngineConfig
 from engine.kv_storage import KVStorage
+from engine.loading import LoadedModel
 from engine.model import Model
 from engine.plan import Plan, PlanEntry
 from engine.runner import Runner
 from kernels.paged_attention import MAX_GATHERED_BYTES
 
 
-def num_blocks_that_fit(
-    model: Model, layout: KVLayout, config: EngineConfig, device: torch.device, max_model_len: int
-) -> int:
-    """At most as many as `max_num_seqs` requests of `max_model_len` tokens can use; `ConfigError` where none fits."""
+def num_blocks_that_fit(loaded: LoadedModel, draft: LoadedModel | None, config: EngineConfig) -> int:
+    """At most as many as `max_num_seqs` requests of full length can use; `ConfigError` where none fits.
+
+    `draft` needs as many blocks of its own.
+    """
+    layout, max_model_len = loaded.layout, loaded.max_model_len
+    block_bytes = layout.bytes_per_block + (0 if draft is None else draft.layout.bytes_per_block)
     usable = config.max_num_seqs * -(-max_model_len // config.block_size)
-    if device.type == "cpu":
+    if loaded.device.type == "cpu":
         num_bytes = int(config.kv_cache_memory_gib * 2**30)
         path, value = "engine.kv_cache_memory_gib", config.kv_cache_memory_gib
     else:
         gathered = max(MAX_GATHERED_BYTES["cuda"], max_model_len * layout.bytes_per_token_per_layer)
-        num_bytes = _free_bytes(model, layout, config, device, max_model_len) - gathered
+        num_bytes = _free_bytes(loaded.model, layout, config, loaded.device, max_model_len) - gathered
         path, value = "engine.gpu_memory_utilization", config.gpu_memory_utilization
-    if num_bytes < layout.bytes_per_block:
-        raise ConfigError(path, value, f"must leave room for at least one KV block of {layout.bytes_per_block} bytes")
-    return min(num_bytes // layout.bytes_per_block, usable)
+    if num_bytes < block_bytes:
+        raise ConfigError(path, value, f"must leave room for at least one KV block of {block_bytes} bytes")
+    return min(num_bytes // block_bytes, usable)
 
 
 def _free_bytes(model: Model, layout: KVLayout, config: EngineConfig, device: torch.device, max_model_len: int) -> int:

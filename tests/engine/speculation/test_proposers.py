@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from core.request import Request
 from core.sampling import SamplingParams
-from engine.config import SpeculativeConfig
+from engine.config import EngineConfig, SpeculativeConfig
 from engine.speculation.methods import make_speculator
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.proposer import Proposer
@@ -129,8 +129,9 @@ def test_draws_are_not_recycled_across_salts() -> None:
 
 @pytest.mark.parametrize("method", ["ngram", "suffix", "token_recycling"])
 def test_every_method_has_a_proposer(method: str) -> None:
-    assert make_speculator(SpeculativeConfig(method=method)) is not None  # type: ignore[arg-type]
+    config = EngineConfig(speculative_config=SpeculativeConfig(method=method))  # type: ignore[arg-type]
+    assert make_speculator(config, None, 1) is not None
 
 
 def test_without_a_method_nothing_is_guessed() -> None:
-    assert make_speculator(SpeculativeConfig()) is None
+    assert make_speculator(EngineConfig(), None, 1) is None
