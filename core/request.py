@@ -88,6 +88,10 @@ class Request:
         """Output tokens from the client's point of view: those before a resume count too."""
         return self.num_tokens - self.num_prompt_tokens
 
+    @property
+    def last_token_id(self) -> int:
+        return (self.output_token_ids or self.prompt_token_ids)[-1]
+
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens at positions [start, end) of prompt and output together."""
         num_prompt = len(self.prompt_token_ids)
@@ -109,8 +113,10 @@ class Request:
     def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
         """Take a drawn token; returns (and keeps) the reason if it ends the request."""
         self.output_token_ids.append(token_id)
-        if token_id in self.sampling.stop_token_ids and self.num_output_tokens > self.sampling.min_tokens:
+        num_tokens, sampling = self.num_tokens, self.sampling
+        num_output_tokens = num_tokens - self.num_prompt_tokens
+        if token_id in sampling.stop_token_ids and num_output_tokens > sampling.min_tokens:
             self.finish_reason = FinishReason.STOP
-        elif self.num_output_tokens >= self.sampling.max_tokens or self.num_tokens >= max_model_len:
+        elif num_output_tokens >= sampling.max_tokens or num_tokens >= max_model_len:
             self.finish_reason = FinishReason.LENGTH
         return self.finish_reason

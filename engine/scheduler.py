@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import chain
 from types import MappingProxyType
 
 from core.errors import ConfigError, IntegrityError, InvalidRequestError
@@ -158,9 +158,9 @@ class Scheduler:
         entries: list[PlanEntry] = []
         prefills = chain(tuple(self._prefilling), self._admit())
         while budget and (prefill := next(prefills, None)) is not None:
-            entries.append(self._entry(prefill, min(budget, _num_missing(prefill))))
+            entries.append(self._prefill(prefill, min(budget, _num_missing(prefill))))
             budget -= entries[-1].num_tokens
-        entries[:0] = map(self._entry, decoding, repeat(1), self._drafts(decoding, budget))
+        entries[:0] = map(self._decode, decoding, self._drafts(decoding, budget))
         self._plan = Plan(tuple(entries), tuple(preempted))
         self._in_step = {entry.request_id: self._requests[entry.request_id] for entry in entries}
         return self._plan
@@ -321,24 +321,34 @@ class Scheduler:
         )
         return num_left - 1
 
-    def _entry(self, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> PlanEntry:
-        """The next `num_tokens` tokens of the request, and guesses of those after them.
-
-        Tokens are drawn only where the request has no others.
-        """
-        start, known = request.num_computed_tokens, request.num_tokens
-        end, sampling = start + num_tokens, request.sampling
+    def _prefill(self, request: Request, num_tokens: int) -> PlanEntry:
+        """The next `num_tokens` tokens of the request. A token is drawn only where it has no others."""
+        start, known, sampling = request.num_computed_tokens, request.num_tokens, request.sampling
+        end = start + num_tokens
         return PlanEntry(
             request.request_id,
-            (*request.token_ids(start, end), *drafts),
+            tuple(request.token_ids(start, end)),
             start,
             self._pool.table(request.request_id),
             sampling if end == known else None,
             known - request.num_prompt_tokens,
+            history=request.packed_token_ids() if end == known and sampling.looks_back else b"",
+            prompt_targets=request.prompt_targets(start, end),
+            num_prompt_top=sampling.prompt_logprobs or 0,
+        )
+
+    def _decode(self, request: Request, drafts: Sequence[int]) -> PlanEntry:
+        """The last token of the request, the only one to compute, and guesses of those after it."""
+        known, sampling = request.num_tokens, request.sampling
+        return PlanEntry(
+            request.request_id,
+            (request.last_token_id, *drafts),
+            known - 1,
+            self._pool.table(request.request_id),
+            sampling,
+            known - request.num_prompt_tokens,
             len(drafts),
-            request.packed_token_ids() if end == known and sampling.looks_back else b"",
-            request.prompt_targets(start, end),
-            sampling.prompt_logprobs or 0,
+            request.packed_token_ids() if sampling.looks_back else b"",
         )
 
     def _end_step(self, plan: Plan) -> list[tuple[PlanEntry, Request]]:
