@@ -118,7 +118,7 @@ class AttemptFlow:
         sampling = request.sampling
         if request.output_token_ids:
             sampling = replace(sampling, prompt_logprobs=None)  # told with the first token
-        work = Work(token_ids, request.num_prompt_tokens, sampling)
+        work = Work(token_ids, request.num_prompt_tokens, sampling, cache_salt=request.cache_salt)
         entry.attempt = Attempt(ticket, work, Stage.PREFILLING if route.local else Stage.RESERVING, self._clock())
         prefill_hello, decode_hello = self._workers.hello(route.prefill), self._workers.hello(route.decode)
         entry.stats.prefill_worker, entry.stats.decode_worker = prefill_hello.worker_id, decode_hello.worker_id

@@ -117,6 +117,7 @@ class Body(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: str | None = None
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -197,7 +198,11 @@ class Body(BaseModel):
             raise InvalidRequestError("n", self.num_per_prompt, limit)
         return [
             GenerateInput(
-                prompt, self.fields(max_tokens, choice), self.model or "", default_max_tokens=default_max_tokens
+                prompt,
+                self.fields(max_tokens, choice),
+                self.model or "",
+                default_max_tokens=default_max_tokens,
+                cache_salt=self.cache_salt or "",
             )
             for prompt in prompts
             for choice in range(self.num_per_prompt)

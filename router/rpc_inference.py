@@ -87,6 +87,7 @@ def generate_input(request: pb.GenerateRequest, time_remaining_s: float | None) 
         model=request.model,
         request_id=request.request_id,
         timeout_s=min(timeouts, default=None),
+        cache_salt=request.cache_salt,
     )
 
 

@@ -28,7 +28,7 @@ MIN_TEMPERATURE = 1e-5
 """Below this, sampling is greedy."""
 MIN_TOP_P = 1e-6
 """Below this, `top_p` leaves one token as well."""
-MAX_REQUEST_ID_LEN = 128
+MAX_NAME_LEN = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,7 @@ class GenerateInput:
     request_id: str = ""
     timeout_s: float | None = None
     default_max_tokens: int | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +120,11 @@ class Validator:
         self._check_token_ids("logit_bias", [token_id for token_id, _ in wanted.sampling.logit_bias])
         _check_texts("bad_words", wanted.sampling.bad_words, MAX_BAD_WORDS)
         _check_structure(wanted.sampling)
-        _check_unicode("request_id", wanted.request_id)
-        if len(wanted.request_id) > MAX_REQUEST_ID_LEN:
-            raise InvalidRequestError(
-                "request_id", wanted.request_id, f"must have at most {MAX_REQUEST_ID_LEN} characters"
-            )
+        for name in ("request_id", "cache_salt"):
+            text = getattr(wanted, name)
+            _check_unicode(name, text)
+            if len(text) > MAX_NAME_LEN:
+                raise InvalidRequestError(name, text, f"must have at most {MAX_NAME_LEN} characters")
         timeout_s = wanted.timeout_s
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
             raise InvalidRequestError("timeout_s", timeout_s, "must be a finite number of seconds > 0")
@@ -176,7 +177,8 @@ class Validator:
         )
         request_id = wanted.request_id or f"{self._draw_bits(128):032x}"
         shown = fields.skip_special_tokens, fields.include_stop_str_in_output
-        return ValidRequest(Request(request_id, prompt_token_ids, sampling), fields.stop, wanted.timeout_s, *shown)
+        request = Request(request_id, prompt_token_ids, sampling, cache_salt=wanted.cache_salt)
+        return ValidRequest(request, fields.stop, wanted.timeout_s, *shown)
 
     def _sampling(self, fields: SamplingFields, *, max_tokens: int) -> SamplingParams:
         """The client's word, else generation_config.json's, else `max_tokens`, a drawn seed, and plain sampling."""

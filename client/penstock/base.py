@@ -136,19 +136,26 @@ class ClientBase(ABC, Generic[G_co]):
         model: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
+        cache_salt: str = "",
         **sampling: Unpack[Sampling],
     ) -> G_co:
         """Start to generate from exactly one of `prompt`, `token_ids` and `messages` (a chat).
 
         `sampling` are the options of `Sampling`; what is not given, the model's own defaults decide. `temperature` 0 is
         greedy; the text ends before the first of `stop`. `request_id` makes the generation known to `cancel`; an empty
-        `model` is the one that is served.
+        `model` is the one that is served. Requests share what the server has cached of prompts only under one
+        `cache_salt`.
         Raises `InvalidRequestError` here for what can't be sent; all other errors come out of the generation.
         """
         limit_s = self.timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
         request = generate_request(
             {"prompt": prompt, "token_ids": token_ids, "messages": messages},
-            {"model": model, "request_id": request_id, "timeout_s": timeout_s if limit_s < math.inf else None},
+            {
+                "model": model,
+                "request_id": request_id,
+                "timeout_s": timeout_s if limit_s < math.inf else None,
+                "cache_salt": cache_salt,
+            },
             checked(sampling),
         )
         progress = Progress(

@@ -56,6 +56,7 @@ def test_every_option_arrives_under_its_own_name(sdk: Sdk, server: FakeServer) -
         include_stop_str_in_output=True,
         timeout_s=30,
         request_id="mine",
+        cache_salt="ours",
     )
     sampling = pb.SamplingParams(
         max_tokens=9,
@@ -79,7 +80,9 @@ def test_every_option_arrives_under_its_own_name(sdk: Sdk, server: FakeServer) -
         skip_special_tokens=False,
         include_stop_str_in_output=True,
     )
-    assert request == pb.GenerateRequest(prompt="hi", model="tiny", request_id="mine", timeout_s=30, sampling=sampling)
+    assert request == pb.GenerateRequest(
+        prompt="hi", model="tiny", request_id="mine", timeout_s=30, cache_salt="ours", sampling=sampling
+    )
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,11 @@ class Harness:
         *,
         request_id: str | None = None,
         timeout_s: float | None = WAIT_S,
+        cache_salt: str = "",
         **changes: Any,
     ) -> RequestStream:
         sampling = replace(SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=7), **changes)
-        request = Request(request_id or f"r{next(self._ids)}", list(prompt), sampling)
+        request = Request(request_id or f"r{next(self._ids)}", list(prompt), sampling, cache_salt=cache_salt)
         return self.dispatcher.submit(request, timeout_s=timeout_s)
 
     async def idle(self) -> None:

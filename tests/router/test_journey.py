@@ -28,6 +28,14 @@ async def test_commands_go_out_in_the_order_of_the_design() -> None:
         assert decode.kinds() == ["connect", "reserve", "accept"]
 
 
+async def test_both_workers_are_told_the_salt() -> None:
+    async with pair_of_workers() as (world, prefill, decode):
+        await read(world.submit(PROMPT, 4, cache_salt="ours"))
+        [there], [here] = prefill.commands("prefill"), decode.commands("reserve")
+        assert there.work.cache_salt == here.work.cache_salt == "ours"
+        await world.idle()
+
+
 async def test_prefill_is_not_sent_before_decode_has_reserved() -> None:
     async with pair_of_workers() as (world, prefill, decode):
         decode.pause("reserve")

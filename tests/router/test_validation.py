@@ -31,7 +31,9 @@ def validate(
 ) -> ValidRequest:
     """Keywords are fields of GenerateInput or of SamplingFields."""
     ours = {
-        name: wanted.pop(name) for name in ("model", "request_id", "timeout_s", "default_max_tokens") if name in wanted
+        name: wanted.pop(name)
+        for name in ("model", "request_id", "timeout_s", "default_max_tokens", "cache_salt")
+        if name in wanted
     }
     request = GenerateInput(prompt, SamplingFields(**wanted), **ours)
     doors.validator.check(request)
@@ -90,6 +92,8 @@ def chat(*turns: tuple[str, str]) -> Chat:
         ("timeout_s", "seconds > 0", {"timeout_s": float("inf")}),
         ("request_id", "at most 128 characters", {"request_id": "x" * 129}),
         ("request_id", "lone surrogate", {"request_id": "\ud800"}),
+        ("cache_salt", "at most 128 characters", {"cache_salt": "x" * 129}),
+        ("cache_salt", "lone surrogate", {"cache_salt": "\ud800"}),
     ],
 )
 def test_what_can_never_succeed_is_refused_by_field_and_fix(
@@ -167,8 +171,8 @@ def test_a_seed_and_an_id_are_drawn_where_none_is_given() -> None:
         one, other = validate(doors).request, validate(doors).request
         assert one.sampling.seed != other.sampling.seed
         assert one.request_id != other.request_id
-        given = validate(doors, seed=0, request_id="mine").request
-        assert (given.sampling.seed, given.request_id) == (0, "mine")
+        given = validate(doors, seed=0, request_id="mine", cache_salt="ours").request
+        assert (given.sampling.seed, given.request_id, given.cache_salt) == (0, "mine", "ours")
 
 
 @settings(deadline=None)

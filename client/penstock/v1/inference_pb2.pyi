@@ -70,6 +70,7 @@ class GenerateRequest(google.protobuf.message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     TIMEOUT_S_FIELD_NUMBER: builtins.int
+    CACHE_SALT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the client to be able to Cancel; drawn by the server when empty."""
     model: builtins.str
@@ -77,6 +78,8 @@ class GenerateRequest(google.protobuf.message.Message):
     prompt: builtins.str
     timeout_s: builtins.float
     """Seconds from arrival after which the request fails with DEADLINE_EXCEEDED. The gRPC deadline counts too."""
+    cache_salt: builtins.str
+    """What requests of another salt have left in the cache is not used, nor can they tell what this one has."""
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -93,9 +96,10 @@ class GenerateRequest(google.protobuf.message.Message):
         messages: Global___Messages | None = ...,
         sampling: Global___SamplingParams | None = ...,
         timeout_s: builtins.float | None = ...,
+        cache_salt: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "input", b"input", "messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "input", b"input", "messages", b"messages", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "input", b"input", "messages", b"messages", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
     @typing.overload
