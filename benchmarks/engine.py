@@ -39,6 +39,7 @@ from benchmarks.machine import machine
 from benchmarks.model_cost import ModelCost
 from benchmarks.peer_engines import VARIABLE, Peers, transformers_spec
 from benchmarks.rows import Row
+from benchmarks.speculation import speculation_rows
 from benchmarks.workloads import QUICK_WORKLOADS, WORKLOADS, Measure
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
@@ -122,7 +123,9 @@ class Bench:
         self._say("ceilings")
         report = Report(measure_ceilings(options.num_threads, quick=options.quick))
         num_rounds = 1 if options.quick else 5
-        self._take(report, "penstock-tiny", lambda: own_rows.tiny_row(self._logs / "tiny.log", num_rounds))
+        self._take(report, "penstock-tiny", lambda: [own_rows.tiny_row(self._logs / "tiny.log", num_rounds)])
+        num_files = 2 if options.quick else 6
+        self._take(report, "speculation", lambda: speculation_rows(self._logs, num_rounds, num_files))
         folders = list(self._folders(report))
         for i, folder in enumerate(folders):
             left_s = self._deadline_s - self._clock()
@@ -150,7 +153,7 @@ class Bench:
             self._take(
                 report,
                 folder.name,
-                lambda: own_rows.memory_row(folder, self._logs / "memory.log", options.num_threads),
+                lambda: [own_rows.memory_row(folder, self._logs / "memory.log", options.num_threads)],
             )
         vocab_size = min(7000, cost.vocab_size)
         comparison = Comparison(
@@ -204,10 +207,10 @@ class Bench:
     def _own(self, label: str, folder: Path, **config: object) -> EngineSpec:
         return own_spec(label, folder, own_rows.ROOT, num_threads=self._options.num_threads, **config)
 
-    def _take(self, report: Report, name: str, measure: Callable[[], Row]) -> None:
+    def _take(self, report: Report, name: str, measure: Callable[[], list[Row]]) -> None:
         self._say(f"{name} alone")
         try:
-            report.rows.append(measure())
+            report.rows += measure()
         except EngineError as error:
             report.missing.append(Missing(name, str(error)))
 

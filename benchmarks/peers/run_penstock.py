@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from benchmarks.peers.driver import Drawn, serve_stdio
 from core.request import Request
 from core.sampling import SamplingParams
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SpeculativeConfig
 from engine.engine import Engine
 
 
@@ -41,6 +41,8 @@ def main(model: str, config_json: str) -> None:
     if fields.get("num_threads") and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[: fields["num_threads"]])  # whatever runs beside our threads has no more cores
+    if "speculative_config" in fields:
+        fields["speculative_config"] = SpeculativeConfig(**fields["speculative_config"])
     serve_stdio(lambda: Penstock(model, EngineConfig(**fields)))
 
 

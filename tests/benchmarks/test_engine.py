@@ -28,6 +28,7 @@ def test_a_quick_run_without_peers_ends_with_one_object_of_rows(tmp_path: Path) 
     summary = json.loads(done.stdout)
     rows = {row["name"]: row for row in summary["rows"]}
     assert rows["penstock-tiny, decode, batch 1, one core"]["target"] == 800
+    assert rows["penstock-tiny, decode, batch 1, speculation by ngram"]["peer"] > 0
     beside = rows["penstock-tiny, decode, batch 8, fp32 by transformers fp32"]
     assert beside["ratio"] == beside["value"] / beside["peer"]
     assert any("PENSTOCK_PEERS" in each["reason"] for each in summary["missing"])
