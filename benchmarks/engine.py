@@ -45,7 +45,6 @@ from benchmarks.workloads import QUICK_WORKLOADS, WORKLOADS, Measure
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 MODELS = ("llama-120m", "qwen3moe-300m")
 FULL_S, QUICK_S = 1140.0, 32.0
-"""No turn is begun that would end after this."""
 NUM_STARTS = 3
 Clock = Callable[[], float]
 
@@ -56,13 +55,25 @@ class Options:
     num_rounds: int = 5
     num_threads: int = 2
     quick: bool = False
+    limit_s: float = FULL_S
+    """Nothing is begun after this, but for the first of what every model is asked to do."""
     peers: Path | None = None
 
     @classmethod
-    def of(cls, *, models: Sequence[str], num_rounds: int, num_threads: int, quick: bool) -> Options:
+    def of(
+        cls,
+        *,
+        models: Sequence[str],
+        num_rounds: int,
+        num_threads: int,
+        quick: bool,
+        limit_s: float | None = None,
+    ) -> Options:
         """The folder of the peers is taken from the environment."""
+        if limit_s is None:
+            limit_s = QUICK_S if quick else FULL_S
         folder = os.environ.get(VARIABLE)
-        return cls(tuple(models), num_rounds, num_threads, quick, Path(folder) if folder else None)
+        return cls(tuple(models), num_rounds, num_threads, quick, limit_s, Path(folder) if folder else None)
 
 
 @dataclass(slots=True)
@@ -115,7 +126,7 @@ class Bench:
         self._logs = log_folder
         self._say = say
         self._clock = clock
-        self._deadline_s = clock() + (QUICK_S if options.quick else FULL_S)
+        self._deadline_s = clock() + options.limit_s
         self._peers = None if options.peers is None else Peers(options.peers, options.num_threads)
 
     def run(self) -> Report:
@@ -261,9 +272,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=MODELS, help=f"folders of ${VARIABLE}/models")
     parser.add_argument("--rounds", type=int, default=5, help="at most; fewer where the time is up")
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
+    parser.add_argument("--limit-s", type=float, help=f"begin nothing after this: {FULL_S:g}, {QUICK_S:g} with --quick")
     parser.add_argument("--output", type=Path, help=f"default: {RESULTS.name} in benchmarks/results, none with --quick")
     given = parser.parse_args(arguments)
-    options = Options.of(models=given.models, num_rounds=given.rounds, num_threads=given.threads, quick=given.quick)
+    options = Options.of(
+        models=given.models,
+        num_rounds=given.rounds,
+        num_threads=given.threads,
+        quick=given.quick,
+        limit_s=given.limit_s,
+    )
     return command(options, given.output or (None if given.quick else RESULTS), as_json=given.json)
 
 
