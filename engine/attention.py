@@ -15,9 +15,9 @@ from engine.step_inputs import StepInputs
 from engine.weights import HeadsWeights, LatentWeights
 from kernels.kv_write import write_latent_
 from kernels.mla import mla_attention
-from kernels.paged_attention import paged_attention
+from kernels.paged_attention import PagedAttention
 from kernels.paged_kv import LayerKV, PagedKV, PagedLatent, Spans
-from kernels.qkv import qkv_rope_write_
+from kernels.qkv import QKVWrite
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 
@@ -44,38 +44,19 @@ class HeadsAttention:
     """Heads with K and V of their own, or shared by a group of them."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, weights: HeadsWeights) -> None:
-        self._weights, self._window = weights, layer.window
-        self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
-        self._scale, self._softcap, self._eps = config.attention_scale, config.attention_softcap, config.rms_norm_eps
+        self._weights = weights
+        self._write = QKVWrite(
+            weights.q_norm, weights.k_norm, config.rms_norm_eps, config.num_heads, config.num_kv_heads
+        )
+        self._attend = PagedAttention(config.attention_scale, layer.window, config.attention_softcap, weights.sinks)
 
     def project(self, x: Tensor, inputs: StepInputs, kv: LayerKV, cos: Tensor, sin: Tensor) -> Tensor:
         assert isinstance(kv, PagedKV), "a latent cache for attention over heads"
-        weights = self._weights
-        return qkv_rope_write_(
-            weights.qkv(x),
-            kv,
-            inputs.slots,
-            cos,
-            sin,
-            weights.q_norm,
-            weights.k_norm,
-            self._eps,
-            self._num_heads,
-            self._num_kv_heads,
-        )
+        return self._write(self._weights.qkv(x), kv, inputs.slots, cos, sin)
 
     def attend(self, q: Tensor, kv: LayerKV, spans: Spans, residual: Tensor | None) -> Tensor:
         assert isinstance(kv, PagedKV), "a latent cache for attention over heads"
-        attended = paged_attention(
-            q,
-            kv,
-            spans,
-            scale=self._scale,
-            window=self._window,
-            softcap=self._softcap,
-            sinks=self._weights.sinks,
-        )
-        return self._weights.output(attended, residual)
+        return self._weights.output(self._attend(q, kv, spans), residual)
 
 
 class LatentAttention:

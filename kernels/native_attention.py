@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from kernels.native import function
 from kernels.paged_kv import LayerKV, PagedKV, PagedLatent, Spans
 
+_CHANGING = struct.Struct("PPPPq")
+"""The first fields of `Arguments`: all that is new in a step."""
 KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
@@ -48,28 +51,43 @@ def native_attention(name: str, q: Tensor, kv: LayerKV) -> Callable[[object], ob
     return function(name, "p")
 
 
-def attend(
-    run: Callable[[object], object],
-    q: Tensor,
-    kv: PagedKV,
-    spans: Spans,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """`paged_attention` of kernels/paged_attention.py; `run` is "penstock_attention"."""
-    num_kv_heads, block_size, value_size = kv.v.shape[1:]
-    q, out = q.contiguous(), torch.empty((q.shape[0], q.shape[1] * value_size))
-    arguments = Arguments(
-        *(q.data_ptr(), out.data_ptr(), spans.table.data_ptr(), spans.blocks.data_ptr()),
-        *(spans.table.shape[0], q.shape[1], num_kv_heads, q.shape[2], value_size),
-        *(scale, softcap or 0, window or 0, address(sinks)),
-        *(kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale), address(kv.v_scale)),
-        *(block_size, KV_TYPES[kv.k.dtype]),
-    )
-    run(ctypes.addressof(arguments))
-    return out
+class NativeAttention:
+    """The kernel "penstock_attention" with all that stays the same from step to step: a layer's options and its cache.
+
+    Little is left to do in a call: between the weights of two layers, everything has left the CPU's caches.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[object], object],
+        kv: PagedKV,
+        num_heads: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        num_kv_heads, block_size, value_size = kv.v.shape[1:]
+        self._run, self._width = run, num_heads * value_size
+        assert sinks is None or (sinks.dtype is torch.float32 and sinks.is_contiguous())
+        self.kv, self._sinks = kv, sinks
+        self._arguments = Arguments(
+            *(None, None, None, None, 0, num_heads, num_kv_heads, kv.k.shape[2], value_size),
+            *(scale, softcap or 0, window or 0, address(sinks)),
+            *(kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale), address(kv.v_scale)),
+            *(block_size, KV_TYPES[kv.k.dtype]),
+        )
+        self._address = ctypes.addressof(self._arguments)
+
+    def __call__(self, q: Tensor, spans: Spans) -> Tensor:
+        """q: [T, H, D] float32; returns [T, H Dv]."""
+        q, table = q.contiguous(), spans.table
+        num_spans = table.shape[0]
+        out = torch.empty((q.shape[0], self._width))
+        pointers = q.data_ptr(), out.data_ptr(), table.data_ptr(), spans.blocks.data_ptr()
+        _CHANGING.pack_into(self._arguments, 0, *pointers, num_spans)
+        self._run(self._address)
+        return out
 
 
 def attend_to_latents(

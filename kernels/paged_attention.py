@@ -13,34 +13,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.native_attention import attend, native_attention
+from kernels.native_attention import NativeAttention, native_attention
 from kernels.paged_kv import PagedKV, Spans
 
 MAX_GATHERED_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 """What the reference gathers at once, if more than one span."""
 
 
-def paged_attention(
-    q: Tensor,
-    kv: PagedKV,
-    spans: Spans,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention of all rows of a step; their own K and V are in the cache already. Returns [T, H D].
+class PagedAttention:
+    """Attention of one layer, over one cache after the other; queries are always of one type and on one device.
 
-    q: [T, H, D]; scale: of the logits q k; softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); sinks:
-    [H] float32, a logit for each head that takes part in the softmax and has no value (gpt-oss).
-
-    What lies in the cache beyond a row's context, not-a-number included, has no effect on the row. On CPU a float32 row
-    comes out the same, bit for bit, whatever is computed beside it and wherever its prompt was cut.
+    scale: of the logits q k; softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); sinks: [H] float32, a
+    logit for each head that takes part in the softmax and has no value (gpt-oss).
     """
-    if (run := native_attention("penstock_attention", q, kv)) is not None:
-        return attend(run, q, kv, spans, scale, window, softcap, sinks)
-    return reference(q, kv, spans, scale, window, softcap, sinks)
+
+    def __init__(
+        self, scale: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> None:
+        self._options = scale, window, softcap, sinks
+        self._native: NativeAttention | None = None
+
+    def __call__(self, q: Tensor, kv: PagedKV, spans: Spans) -> Tensor:
+        """All rows of a step; their own K and V are in the cache already. q: [T, H, D]; returns [T, H D].
+
+        What lies in the cache beyond a row's context, not-a-number included, has no effect on the row. On CPU a float32
+        row comes out the same, bit for bit, whatever is computed beside it and wherever its prompt was cut.
+        """
+        if self._native is None or self._native.kv is not kv:
+            run = native_attention("penstock_attention", q, kv)
+            if run is None:
+                return reference(q, kv, spans, *self._options)
+            self._native = NativeAttention(run, kv, q.shape[1], *self._options)
+        return self._native(q, spans)
 
 
 def reference(

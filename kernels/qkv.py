@@ -6,6 +6,7 @@ T tokens, H query heads, K KV heads, D head size, P rotated elements of a head.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 
 import torch
@@ -19,29 +20,31 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 
 
-def qkv_rope_write_(
-    qkv: Tensor,
-    kv: PagedKV,
-    slots: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    num_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
-    """Write the K and V of T tokens into their slots; returns their Q, [T, H, D].
+class QKVWrite:
+    """Splits, normalises, rotates and stores Q, K and V of one layer; what it is given is always of one type.
 
-    qkv: [T, (H + 2K) D], Q's heads first, then K's, then V's; slots: as in `write_kv_`; cos, sin: [T, P/2] from
-    `rope_angles`; q_norm, k_norm: weights of a root mean square norm before the rotation: [D], over each head, or
-    [H D] and [K D], over all heads together.
+    q_norm, k_norm: weights of a root mean square norm before the rotation: [D], over each head, or [H D] and [K D],
+    over all heads together.
     """
-    arguments = (qkv, kv, slots, cos, sin, q_norm, k_norm, eps, num_heads, num_kv_heads)
-    run = function("penstock_qkv_rope_write", "p")
-    if run is not None and qkv.device.type == "cpu" and qkv.dtype is torch.float32:
-        return _native(run, *arguments)
-    return reference(*arguments)
+
+    def __init__(
+        self, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, num_heads: int, num_kv_heads: int
+    ) -> None:
+        self._options = q_norm, k_norm, eps, num_heads, num_kv_heads
+        self._native: _Native | None = None
+
+    def __call__(self, qkv: Tensor, kv: PagedKV, slots: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Write the K and V of T tokens into their slots; returns their Q, [T, H, D].
+
+        qkv: [T, (H + 2K) D], Q's heads first, then K's, then V's; slots: as in `write_kv_`; cos, sin: [T, P/2] from
+        `rope_angles`.
+        """
+        if self._native is None or self._native.kv is not kv:
+            run = function("penstock_qkv_rope_write", "p")
+            if run is None or qkv.device.type != "cpu" or qkv.dtype is not torch.float32:
+                return reference(qkv, kv, slots, cos, sin, *self._options)
+            self._native = _Native(run, kv, *self._options)
+        return self._native(qkv, slots, cos, sin)
 
 
 def reference(
@@ -73,26 +76,26 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return rms_norm(x.flatten(1), weight, eps).view(x.shape)
 
 
-class Arguments(ctypes.Structure):
+class _Arguments(ctypes.Structure):
     """`Arguments` of csrc/qkv.cpp."""
 
     _fields_ = (
         ("qkv", ctypes.c_void_p),
         ("q", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("half", ctypes.c_int64),
         ("k", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
         ("k_scale", ctypes.c_void_p),
         ("v_scale", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
         ("q_norm", ctypes.c_void_p),
         ("k_norm", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
         ("num_heads", ctypes.c_int64),
         ("num_kv_heads", ctypes.c_int64),
         ("head_size", ctypes.c_int64),
-        ("half", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
         ("q_norm_is_wide", ctypes.c_int32),
         ("k_norm_is_wide", ctypes.c_int32),
@@ -101,31 +104,42 @@ class Arguments(ctypes.Structure):
     )
 
 
-def _native(
-    run: Callable[[object], object],
-    qkv: Tensor,
-    kv: PagedKV,
-    slots: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    num_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
-    head_size, block_size = kv.k.shape[2:]
-    qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
-    q = torch.empty((qkv.shape[0], num_heads, head_size))
-    assert all(part is None or part.is_contiguous() for part in kv), "a view of a cache instead of a cache"
-    assert all(w is None or (w.dtype is torch.float32 and w.is_contiguous()) for w in (q_norm, k_norm))
-    arguments = Arguments(
-        *(qkv.data_ptr(), q.data_ptr()),
-        *(address(part) for part in kv),
-        *(slots.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(q_norm), address(k_norm)),
-        *(qkv.shape[0], num_heads, num_kv_heads, head_size, cos.shape[1], block_size),
-        *(w is not None and w.numel() > head_size for w in (q_norm, k_norm)),
-        *(eps, KV_TYPES[kv.k.dtype]),
-    )
-    run(ctypes.addressof(arguments))
-    return q
+_CHANGING = struct.Struct("PPPPPqq")
+"""The first fields of `_Arguments`: all that is new in a step."""
+
+
+class _Native:
+    """The kernel with all that stays the same from step to step."""
+
+    def __init__(
+        self,
+        run: Callable[[object], object],
+        kv: PagedKV,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> None:
+        head_size, block_size = kv.k.shape[2:]
+        assert all(part is None or part.is_contiguous() for part in kv), "a view of a cache instead of a cache"
+        assert all(w is None or (w.dtype is torch.float32 and w.is_contiguous()) for w in (q_norm, k_norm))
+        self._run, self._shape = run, (num_heads, head_size)
+        self.kv, self._norms = kv, (q_norm, k_norm)
+        self._arguments = _Arguments(
+            *(None, None, None, None, None, 0, 0),
+            *(address(part) for part in kv),
+            *(address(q_norm), address(k_norm), num_heads, num_kv_heads, head_size, block_size),
+            *(w is not None and w.numel() > head_size for w in (q_norm, k_norm)),
+            *(eps, KV_TYPES[kv.k.dtype]),
+        )
+        self._address = ctypes.addressof(self._arguments)
+
+    def __call__(self, qkv: Tensor, slots: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        num_tokens, half = cos.shape
+        q = torch.empty((num_tokens, *self._shape))
+        pointers = qkv.data_ptr(), q.data_ptr(), slots.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        _CHANGING.pack_into(self._arguments, 0, *pointers, num_tokens, half)
+        self._run(self._address)
+        return q

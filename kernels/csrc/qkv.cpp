@@ -15,12 +15,13 @@ constexpr int64_t TOKENS_AT_ONCE = 16;  // neighbours write into the same cache 
 struct Arguments {
     const float* qkv;  // [T, (H + 2K) D]
     float* q;          // [T, H, D]
-    void *k, *v;       // [B, K, D, S] and [B, K, S, D]
-    float *k_scale, *v_scale;    // [B, K, S], or null
-    const int64_t* slots;        // [T]
-    const float *cos, *sin;      // [T, half]
+    const int64_t* slots;      // [T]
+    const float *cos, *sin;    // [T, half]
+    int64_t num_tokens, half;
+    void *k, *v;                   // [B, K, D, S] and [B, K, S, D]
+    float *k_scale, *v_scale;      // [B, K, S], or null
     const float *q_norm, *k_norm;  // null, or [D]; [H D] and [K D] where the norm is over all heads
-    int64_t num_tokens, num_heads, num_kv_heads, head_size, half, block_size;
+    int64_t num_heads, num_kv_heads, head_size, block_size;
     int32_t q_norm_is_wide, k_norm_is_wide;
     float eps;
     KVType type;

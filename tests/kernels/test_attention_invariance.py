@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.native import library
-from kernels.paged_attention import paged_attention
+from kernels.paged_attention import PagedAttention
 from kernels.threads import num_threads, set_num_threads
 from tests.kernels.paged_cache import Cache
 
@@ -47,7 +47,7 @@ def attend(
 ) -> list[torch.Tensor]:
     """Rows [start, start + n) of context i for each (i, start, n)."""
     rows = torch.cat([q[i][start : start + n] for i, start, n in parts])
-    out = paged_attention(rows, cache.kv, cache.spans(parts), scale=0.2, **options)
+    out = PagedAttention(0.2, **options)(rows, cache.kv, cache.spans(parts))
     return list(torch.split(out, [n for _, _, n in parts]))
 
 

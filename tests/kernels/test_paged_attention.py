@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.paged_attention import MAX_GATHERED_BYTES, paged_attention
+from kernels.paged_attention import MAX_GATHERED_BYTES, PagedAttention
 from tests.kernels.paged_cache import Cache, by_definition
 
 SHAPES = [(4, 4, 8, 4), (6, 2, 16, 16), (5, 1, 22, 3), (16, 1, 34, 16), (3, 3, 64, 32), (8, 2, 40, 24)]
@@ -30,7 +30,7 @@ def step_cache(num_kv_heads: int, head_size: int, rng: torch.Generator, **kwargs
 
 
 def run(cache: Cache, q: torch.Tensor, parts: list[tuple[int, int, int]], **options: Any) -> torch.Tensor:
-    return paged_attention(q, cache.kv, cache.spans(parts), **{"scale": q.shape[2] ** -0.5, **options})
+    return PagedAttention(**{"scale": q.shape[2] ** -0.5, **options})(q, cache.kv, cache.spans(parts))
 
 
 @pytest.fixture(params=["chosen", "reference"], autouse=True)
@@ -93,3 +93,12 @@ def test_the_cache_is_only_read(rng: torch.Generator) -> None:
     run(cache, torch.randn(2, 6, 16, generator=rng, device=rng.device), [(0, 4, 1), (1, 29, 1)])
     after = [x for x in cache.kv if x is not None]
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(after, before, strict=True))
+
+
+def test_one_layer_may_read_one_cache_after_the_other(rng: torch.Generator) -> None:
+    attention = PagedAttention(16**-0.5)
+    q = torch.randn(1, 6, 16, generator=rng, device=rng.device)
+    for length in (40, 7, 40):
+        cache, parts = Cache([length], 2, 16, rng, block_size=16), [(0, length - 1, 1)]
+        out = attention(q, cache.kv, cache.spans(parts))
+        torch.testing.assert_close(out, expected(cache, q, parts), rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.paged_kv import empty_kv, token_views
-from kernels.qkv import qkv_rope_write_
+from kernels.qkv import QKVWrite
 from kernels.quantize import quantize_rows
 
 EPS = 1e-5
@@ -70,9 +70,8 @@ def test_q_is_returned_and_k_and_v_stand_in_their_slots(
     cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
     widths = {"none": None, "head": (1, 1), "full": (num_heads, num_kv_heads)}[norm]
     q_norm, k_norm = (None, None) if widths is None else (random(n * head_size) for n in widths)
-    q = qkv_rope_write_(
-        qkv, kv, torch.tensor(SLOTS, device=device), cos, sin, q_norm, k_norm, EPS, num_heads, num_kv_heads
-    )
+    write = QKVWrite(q_norm, k_norm, EPS, num_heads, num_kv_heads)
+    q = write(qkv, kv, torch.tensor(SLOTS, device=device), cos, sin)
     wide = qkv.double().cpu().view(5, -1, head_size)
     split = torch.split(wide, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     weights = [None if w is None else w.double().cpu() for w in (q_norm, k_norm)]
