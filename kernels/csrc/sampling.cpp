@@ -9,6 +9,7 @@
 #include <cstring>
 #include <immintrin.h>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "pool.h"
@@ -74,8 +75,10 @@ float best_of(const float* x, int64_t size) {
 constexpr double MAGIC = 6755399441055744.0;
 
 inline int64_t weight(float logit, float best, float sharpness) {
-    float z = (logit - best) * sharpness;
-    z = z > -40.0f ? z : -40.0f;  // below, the weight rounds to 0
+    // From -40 on down the weight rounds to 0. No logit is above the best, so the sign is known, and the bits of floats
+    // that are not negative, not-a-number last, are in the order of the floats.
+    const uint32_t depth = std::bit_cast<uint32_t>((logit - best) * sharpness) & 0x7fffffff;
+    const float z = -std::bit_cast<float>(std::min(depth, std::bit_cast<uint32_t>(40.0f)));
     const float n = __builtin_rintf(z * 1.44269502162933349609375f);
     const float r = (z - n * 0.693145751953125f) - n * 1.428606765330187045037746429443359375e-06f;
     float p = 0.00138888892251998186f;
@@ -169,26 +172,27 @@ class Selection {
     // The tokens whose weight is in [low, high), in the order of their ids.
     void take(const int64_t* weights, int64_t size, int64_t low, int64_t high) {
         int64_t i = 0, num = 0;
+        int32_t* ids = ids_.data();
 #if defined(__AVX512F__)
         const __m512i least = _mm512_set1_epi64(low), limit = _mm512_set1_epi64(high);
         const auto inside = [&](int64_t start) {
             const __m512i w = _mm512_loadu_si512(weights + start);
             return _mm512_mask_cmplt_epi64_mask(_mm512_cmpge_epi64_mask(w, least), w, limit);
         };
-        __m512i ids = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (; i + 16 <= size; i += 16) {
             const auto in = static_cast<__mmask16>(inside(i) | inside(i + 8) << 8);
-            _mm512_storeu_si512(ids_.data() + num, _mm512_maskz_compress_epi32(in, ids));
+            _mm512_storeu_si512(ids + num, _mm512_maskz_compress_epi32(in, each));
             num += __builtin_popcount(in);
-            ids = _mm512_add_epi32(ids, _mm512_set1_epi32(16));
+            each = _mm512_add_epi32(each, _mm512_set1_epi32(16));
         }
 #endif
         for (; i < size; ++i) {
-            ids_[num] = static_cast<int32_t>(i);
+            ids[num] = static_cast<int32_t>(i);
             num += weights[i] >= low && weights[i] < high;
         }
         size_ = num;
-        for (i = 0; i < num; ++i) weights_[i] = weights[ids_[i]];
+        for (i = 0; i < num; ++i) weights_[i] = weights[ids[i]];
     }
 
     // The limit is in [low, high), and `a` are those above.
@@ -319,10 +323,11 @@ void logprobs_row(const float* x, int64_t size, int64_t token, int64_t num_top, 
 extern "C" EXPORT void penstock_sample(float* logits, int64_t num_rows, int64_t size, const void* rows,
                                        const int32_t* history, const uint32_t* masks, int64_t* tokens) {
     pool::parallel_for(num_rows, [&](int64_t i) {
-        static thread_local Scratch scratch;
+        // Behind a pointer: else the compiler asks for its address anew in every inner loop.
+        static thread_local const auto scratch = std::make_unique<Scratch>();
         const Row& row = static_cast<const Row*>(rows)[i];
         const uint32_t* mask = row.mask < 0 ? nullptr : masks + row.mask * ((size + 31) / 32);
-        tokens[i] = sample_row(logits + i * size, size, row, history, mask, scratch);
+        tokens[i] = sample_row(logits + i * size, size, row, history, mask, *scratch);
     });
 }
 

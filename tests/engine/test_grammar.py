@@ -14,7 +14,7 @@ from core.sampling import SamplingParams
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.grammar import GrammarMasks
-from engine.plan import PlanEntry
+from engine.plan import Plan, PlanEntry
 
 MODEL = Path(__file__).parents[2] / "models" / "penstock-tiny"
 EOS = 0
@@ -111,6 +111,22 @@ def test_masks_follow_drafts_and_come_back(tokenizer: LLTokenizer) -> None:
     assert masks_of(text[:2], []) == [one_by_one[2]]
     wrong = masks_of(text[:1], [text[1], EOS, text[2]])
     assert wrong[:2] == one_by_one[1:3]
+
+
+@pytest.mark.parametrize("num_right", [0, 3, 6])
+def test_drafts_under_a_grammar_are_taken_as_far_as_they_are_drawn(engine: Engine, num_right: int) -> None:
+    """Penalties count the drafts before each of them; those after a wrong one are forbidden, or not, to no effect."""
+    request = Request("a", PROMPT, params("json", logprobs=1))
+    finish(engine, request)
+    known, coming = [*PROMPT, *request.output_token_ids[:2]], request.output_token_ids[2:9]
+    drafts = [*coming[:num_right], *[EOS] * (6 - num_right)]
+    before = PlanEntry("b", tuple(known[:-1]), 0, (1, 2, 3), None)
+    engine.runner.run(Plan((before,)))
+    history = np.array(known, np.int32).tobytes()
+    step = PlanEntry("b", (known[-1], *drafts), len(known) - 1, (1, 2, 3), request.sampling, 2, 6, history)
+    drawn = engine.runner.run(Plan((step,))).drawn["b"]
+    assert drawn.token_ids == tuple(coming[: num_right + 1])
+    assert [told.token_id for told in drawn.logprobs] == list(drawn.token_ids)
 
 
 def test_a_request_whose_grammar_breaks_fails_alone(engine: Engine) -> None:

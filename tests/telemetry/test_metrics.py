@@ -146,3 +146,12 @@ def test_buckets_below_a_tenth_of_a_second_are_never_wider_than_half(buckets: tu
     short = [bound for bound in buckets if bound <= 0.1]
     assert all(1 < high / low <= 1.5 + 1e-9 for low, high in pairwise(short))
     assert all(len(repr(bound)) <= 8 and math.isfinite(bound) for bound in buckets)
+
+
+def test_the_time_that_steps_waited_for_grammars_is_told_of_each_worker() -> None:
+    metrics = Metrics("tiny")
+    workers = replace(worker("p"), mask_wait_s=0.25), replace(worker("d"), mask_wait_s=1.5)
+    metrics.watch_cluster(lambda: ClusterSample(0, 0, workers))
+    text = metrics.render().decode()
+    assert 'penstock_worker_mask_wait_seconds_total{worker="p"} 0.25' in text
+    assert 'penstock_worker_mask_wait_seconds_total{worker="d"} 1.5' in text
