@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from engine.tensor_check import check_tensors, stored_scheme, superfluous_biases
 from engine.tensor_files import TensorFiles
 from kernels.experts import Experts, make_experts
 from kernels.linear import GatedLinear, Linear, make_gated_linear, make_linear
+from kernels.memory import give_back
 from kernels.native_linear import WeightPart
 from kernels.quantize import Precision, QuantizedWeight
 
@@ -146,11 +148,13 @@ class _Loader:
         tied = LinearSources((sources.embedding,))
         output = self._linear(sources.output or tied, self._storage.head_precision)
         norm = self._norm(sources.norm)
+        give_back()
         return ModelWeights(embedding, layers, norm, output)
 
     def _layer(self, index: int) -> LayerWeights:
         sources = layer_sources(self._config, index)
         attention, mlp = sources.attention, sources.mlp
+        give_back()
         return LayerWeights(
             attention_norm=self._norm(sources.attention_norm),
             after_attention_norm=self._optional_norm(sources.after_attention_norm),
@@ -203,21 +207,32 @@ class _Loader:
         return MLPWeights(gate_up, self._linear(sources.down))
 
     def _moe(self, sources: MoESources) -> MoEWeights:
-        linears = ([getattr(e, name) for e in sources.experts] for name in ("gate", "up", "down"))
-        (gate, gate_bias), (up, up_bias), (down, down_bias) = (self._stack(each) for each in linears)
-        both = _uniform([*gate, *up])
+        num_experts, bias = len(sources.experts), sources.score_bias
+        at_hand: dict[int, list[WeightPart]] = {}  # gate and up of the expert that is packed
+
+        def gate_up(e: int) -> list[WeightPart]:
+            if e not in at_hand:
+                self._files.release_pages()
+                at_hand.clear()
+                at_hand[e] = _uniform(
+                    [self._part(sources.experts[e].gate.weights[0]), self._part(sources.experts[e].up.weights[0])]
+                )
+            return at_hand[e]
+
+        def down(e: int) -> WeightPart:
+            self._files.release_pages()
+            return self._part(sources.experts[e].down.weights[0])
+
         experts = make_experts(
-            both[: len(gate)],
-            both[len(gate) :],
-            _uniform(down),
+            _OneByOne(num_experts, lambda e: gate_up(e)[0]),
+            _OneByOne(num_experts, lambda e: gate_up(e)[1]),
+            _OneByOne(num_experts, down),
             self._storage.precision,
             self._config.activation,
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            down_bias=down_bias,
+            gate_bias=self._biases([expert.gate for expert in sources.experts]),
+            up_bias=self._biases([expert.up for expert in sources.experts]),
+            down_bias=self._biases([expert.down for expert in sources.experts]),
         )
-        self._files.release_pages()
-        bias = sources.score_bias
         return MoEWeights(
             router=self._linear(sources.router, "float32"),
             score_bias=None if bias is None else self._vector(bias, torch.float32),
@@ -225,10 +240,8 @@ class _Loader:
             shared=None if sources.shared is None else self._mlp(sources.shared),
         )
 
-    def _stack(self, linears: list[LinearSources]) -> tuple[list[WeightPart], list[Tensor] | None]:
-        """Weights and biases of all experts."""
-        biases = [self._vector(bias, self._storage.dtype) for linear in linears for bias in linear.biases]
-        return [self._part(linear.weights[0]) for linear in linears], biases or None
+    def _biases(self, linears: Sequence[LinearSources]) -> list[Tensor] | None:
+        return [self._vector(bias, self._storage.dtype) for linear in linears for bias in linear.biases] or None
 
     def _linear(self, sources: LinearSources, precision: Precision | None = None) -> Linear:
         parts = _uniform([self._part(source) for source in sources.weights])
@@ -297,3 +310,22 @@ def _uniform(parts: Sequence[WeightPart]) -> list[WeightPart]:
     if len(codes) == len(parts) and len(kinds) == 1:
         return list(parts)
     return [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
+
+
+class _OneByOne(Sequence[WeightPart]):
+    """Parts that are made when they are asked for, so that those of one expert at a time are in memory."""
+
+    def __init__(self, count: int, make: Callable[[int], WeightPart]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> WeightPart: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[WeightPart]: ...
+    def __getitem__(self, index: int | slice) -> WeightPart | list[WeightPart]:
+        if isinstance(index, slice):
+            return [self._make(i) for i in range(*index.indices(self._count))]
+        return self._make(range(self._count)[index])
