@@ -27,9 +27,14 @@ class KVLayout:
     kind: str = "heads"
 
     @property
-    def bytes_per_token_per_layer(self) -> int:
-        num_vectors = 2 * self.num_kv_heads if self.kind == "heads" else 1
+    def bytes_per_cell(self) -> int:
+        """What one layer holds of one (token, KV head)."""
+        num_vectors = 2 if self.kind == "heads" else 1
         return num_vectors * (self.head_size * _ITEM_BYTES[self.dtype] + _SCALE_BYTES[self.dtype])
+
+    @property
+    def bytes_per_token_per_layer(self) -> int:
+        return self.num_kv_heads * self.bytes_per_cell
 
     @property
     def bytes_per_block(self) -> int:

@@ -50,8 +50,9 @@ class Segment:
     receiver_rank: int = 0
 
     @property
-    def num_tokens(self) -> int:
-        return self.token_end - self.token_start
+    def num_cells(self) -> int:
+        """Its (token, KV head) pairs."""
+        return (self.token_end - self.token_start) * (self.kv_head_end - self.kv_head_start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,39 +76,6 @@ class CommitRecord:
     @property
     def num_bytes(self) -> int:
         return sum(record.num_bytes for record in self.segments)
-
-    def gap(self, num_layers: int, num_kv_heads: int) -> str | None:
-        """What is not covered of `num_layers` x `num_kv_heads` x [num_skipped_tokens, num_tokens), or None."""
-        need = (self.num_tokens - self.num_skipped_tokens) * num_kv_heads
-        spans: dict[int, list[tuple[int, int, int, int]]] = {layer: [] for layer in range(num_layers)}
-        for record in self.segments:
-            s = record.segment
-            if not (
-                s.layer in spans
-                and self.num_skipped_tokens <= s.token_start < s.token_end <= self.num_tokens
-                and 0 <= s.kv_head_start < s.kv_head_end <= num_kv_heads
-            ):
-                return f"a segment outside of the transfer: {s}"
-            spans[s.layer].append((s.token_start, s.token_end, s.kv_head_start, s.kv_head_end))
-        for layer, rectangles in spans.items():
-            if overlap(rectangles):
-                return f"layer {layer}: segments overlap"
-            cells = sum((end - start) * (head_end - head) for start, end, head, head_end in rectangles)
-            if cells != need:
-                return f"layer {layer}: {cells} of {need} (token, KV head) cells"
-        return None
-
-
-def overlap(spans: Sequence[tuple[int, int, int, int]]) -> bool:
-    """Whether any two half-open rectangles (token start, token end, head start, head end) share a cell."""
-    ordered = sorted(spans)
-    for i, (_, end, head, head_end) in enumerate(ordered):
-        for other in ordered[i + 1 :]:
-            if other[0] >= end:
-                break
-            if other[2] < head_end and head < other[3]:
-                return True
-    return False
 
 
 def prefix_hash(token_ids: Sequence[int]) -> bytes:

@@ -20,6 +20,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
 from kv_transfer.frame import Entry, Frame, FrameKind
 from kv_transfer.rendezvous import RECEIVER, SENDER, Rendezvous
+from kv_transfer.reshard import Group, refusal
 from kv_transfer.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class Pairs:
     # ---- one link
 
     def _begin(self, link: _Link) -> None:
-        mismatch = self._layout.mismatch(link.connect.peer_layout)
+        mismatch = refusal(Group(self._layout), Group(link.connect.peer_layout))
         if self._incarnation not in link.key:
             mismatch = f"worker {self._incarnation} is not of this pair"
         if mismatch is not None:

@@ -16,6 +16,7 @@ from kv_transfer.frame import Entry
 from kv_transfer.pairs import PairKey, Pairs
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.rendezvous import GroupRendezvous, Rendezvous
+from kv_transfer.reshard import Group, ReshardPlan
 from kv_transfer.sender import KVSender
 
 
@@ -38,8 +39,9 @@ class KVPlane:
     ) -> None:
         rendezvous = rendezvous or GroupRendezvous(host, storage.device, config)
         self._pairs = Pairs(incarnation, storage.layout, rendezvous, config, clock, notify, self)
-        self.sender = KVSender(self._pairs, storage, config, clock, notify)
-        self.receiver = KVReceiver(self._pairs, storage, config, clock, notify)
+        plan = ReshardPlan(Group(storage.layout), Group(storage.layout))  # of all pairs: only block sizes may differ
+        self.sender = KVSender(self._pairs, storage, plan, config, clock, notify)
+        self.receiver = KVReceiver(self._pairs, storage, plan, config, clock, notify)
 
     @property
     def address(self) -> str:

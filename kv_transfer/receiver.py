@@ -19,6 +19,7 @@ from kv_transfer.events import Notify, TransferFailed, TransferReady
 from kv_transfer.frame import Entry
 from kv_transfer.ownership import Holding, Ledger, ReceiveState
 from kv_transfer.pairs import PairKey, Pairs
+from kv_transfer.reshard import ReshardPlan
 
 _WAITING = (ReceiveState.RESERVED, ReceiveState.ACCEPTED)
 
@@ -51,8 +52,16 @@ class KVReceiver:
     TransferReady the blocks are decode's alone; the holding stays, for its lease, until `release`.
     """
 
-    def __init__(self, pairs: Pairs, storage: KVStorage, config: TransferConfig, clock: Clock, notify: Notify) -> None:
-        self._pairs, self._storage, self._clock, self._notify = pairs, storage, clock, notify
+    def __init__(
+        self,
+        pairs: Pairs,
+        storage: KVStorage,
+        plan: ReshardPlan,
+        config: TransferConfig,
+        clock: Clock,
+        notify: Notify,
+    ) -> None:
+        self._pairs, self._storage, self._plan, self._clock, self._notify = pairs, storage, plan, clock, notify
         self._lock = threading.Lock()
         self._receiving: dict[AttemptKey, _Receiving] = {}
         self._ledger: Ledger[ReceiveState] = Ledger(config)
@@ -195,14 +204,14 @@ class KVReceiver:
         segment, layout = record.segment, self._storage.layout
         if arrived != record.checksum:
             raise TransferError("checksum_mismatch", f"{segment} arrived damaged")
-        whole = segment.kv_head_start == 0 and segment.kv_head_end == layout.num_kv_heads
         in_place = len(receiving.skipped_prefix) <= segment.token_start < segment.token_end <= receiving.num_tokens
-        num_bytes = segment.num_tokens * layout.bytes_per_token_per_layer
-        if not (whole and in_place and segment.layer < layout.num_layers and payload.numel() == num_bytes):
+        num_bytes = segment.num_cells * layout.bytes_per_cell
+        if not (self._plan.expects(segment) and in_place and payload.numel() == num_bytes):
             raise TransferError("unexpected_segment", f"{segment} of {payload.numel()} bytes does not fit")
         if segment in receiving.received:
             raise TransferError("duplicate_segment", f"{segment} came twice")
-        self._storage.write(segment.layer, receiving.block_ids, segment.token_start, segment.token_end, payload)
+        tokens, heads = (segment.token_start, segment.token_end), (segment.kv_head_start, segment.kv_head_end)
+        self._storage.write(segment.layer, receiving.block_ids, *tokens, payload, heads)
         if self._storage.device.type == "cuda":  # staging is used again, and decode may read on another stream
             torch.cuda.current_stream(self._storage.device).synchronize()
         receiving.received[segment] = record
@@ -210,13 +219,13 @@ class KVReceiver:
             receiving.holding.progressed(self._clock())
 
     def _check_record(self, receiving: _Receiving, record: CommitRecord) -> None:
-        layout, skipped = self._storage.layout, receiving.skipped_prefix
+        skipped = receiving.skipped_prefix
         if record.num_tokens != receiving.num_tokens or record.num_skipped_tokens != len(skipped):
             text = f"the record covers [{record.num_skipped_tokens}, {record.num_tokens}) of {receiving.num_tokens}"
             raise TransferError("record_mismatch", text)
         if record.skipped_prefix_hash != prefix_hash(skipped):
             raise TransferError("record_mismatch", "the skipped prefix is not the same on both sides")
-        if gap := record.gap(layout.num_layers, layout.num_kv_heads):
+        if gap := self._plan.gap(record):
             raise TransferError("record_mismatch", gap)
 
     def _fail(self, receiving: _Receiving, error: TransferError) -> TransferFailed:

@@ -19,6 +19,7 @@ from kv_transfer.frame import MAX_PAYLOAD_BYTES, Entry, check_transfer_id
 from kv_transfer.outbox import Outgoing
 from kv_transfer.ownership import Holding, Ledger, SendState
 from kv_transfer.pairs import PairKey, Pairs
+from kv_transfer.reshard import ReshardPlan
 
 SETTLE_S = 0.05
 """How long `release` waits for the channel to book what has already arrived."""
@@ -54,12 +55,20 @@ class KVSender:
     Failures of a transfer are told by TransferFailed, once, and never raised into a step.
     """
 
-    def __init__(self, pairs: Pairs, storage: KVStorage, config: TransferConfig, clock: Clock, notify: Notify) -> None:
-        self._pairs, self._storage, self._clock, self._notify = pairs, storage, clock, notify
+    def __init__(
+        self,
+        pairs: Pairs,
+        storage: KVStorage,
+        plan: ReshardPlan,
+        config: TransferConfig,
+        clock: Clock,
+        notify: Notify,
+    ) -> None:
+        self._pairs, self._storage, self._plan, self._clock, self._notify = pairs, storage, plan, clock, notify
         self._changed = threading.Condition()
         self._sending: dict[AttemptKey, _Sending] = {}
         self._ledger: Ledger[SendState] = Ledger(config)
-        self._max_segment_tokens = MAX_PAYLOAD_BYTES // storage.layout.bytes_per_token_per_layer
+        self._max_cells = MAX_PAYLOAD_BYTES // storage.layout.bytes_per_cell
 
     def begin(self, ticket: Ticket, skipped_prefix: Sequence[int] = ()) -> None:
         """Open a transfer; the positions of `skipped_prefix` are there already and won't be sent.
@@ -86,8 +95,8 @@ class KVSender:
         if sending is None:
             return
         start = max(start, len(sending.skipped_prefix))
-        for piece in range(start, end, self._max_segment_tokens):
-            if not self._push(sending, layer, piece, min(end, piece + self._max_segment_tokens), block_ids):
+        for segment in self._plan.outgoing(0, layer, start, end, self._max_cells):
+            if not self._push(sending, segment, block_ids):
                 return
 
     def commit(self, key: AttemptKey, token_ids: Sequence[int]) -> CommitRecord:
@@ -180,9 +189,9 @@ class KVSender:
             return None
         return sending
 
-    def _push(self, sending: _Sending, layer: int, start: int, end: int, block_ids: Sequence[int]) -> bool:
-        data = self._storage.read(layer, block_ids, start, end)
-        segment = Segment(layer, 0, self._storage.layout.num_kv_heads, start, end)
+    def _push(self, sending: _Sending, segment: Segment, block_ids: Sequence[int]) -> bool:
+        s = segment
+        data = self._storage.read(s.layer, block_ids, s.token_start, s.token_end, (s.kv_head_start, s.kv_head_end))
         # on a GPU the checksum waits for the copy, so that the channel's thread may touch it from any stream
         record = SegmentRecord(segment, data.numel(), checksum(data))
         sending.records.append(record)

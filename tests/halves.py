@@ -24,10 +24,12 @@ from engine.scheduler import Scheduler
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import KVEvent
 from kv_transfer.plane import KVPlane
+from kv_transfer.reshard import Group, ReshardPlan
 
 WAIT_S = 10.0
 NUM_BLOCKS, BLOCK_SIZE, MAX_SEQS, BUDGET = 16, 4, 3, 8
 LAYOUT = KVLayout("toy", "f", num_layers=2, num_kv_heads=2, head_size=4, block_size=BLOCK_SIZE, dtype="float32")
+PLAN = ReshardPlan(Group(LAYOUT), Group(LAYOUT))
 PATIENT = TransferConfig(lease_s=120.0, silence_timeout_s=30.0, keepalive_s=0.1)
 PROMPT = tuple(range(10, 23))
 """13 tokens: two steps, four blocks with the token drawn from it."""

@@ -32,6 +32,7 @@ from tests.halves import (
     LAYOUT,
     MAX_SEQS,
     NUM_BLOCKS,
+    PLAN,
     PROMPT,
     WAIT_S,
     Pair,
@@ -323,7 +324,7 @@ def accepted(side: Side, peer: Side, half: DecodeHalf) -> None:
     record = send(peer, prompt=PROMPT[:8])
     missing = [replace(r, segment=replace(r.segment, token_start=8, token_end=13)) for r in record.segments]
     whole = CommitRecord((*record.segments, *missing), len(PROMPT), 0, record.skipped_prefix_hash)
-    assert whole.gap(LAYOUT.num_layers, LAYOUT.num_kv_heads) is None
+    assert PLAN.gap(whole) is None
     half.accept(accept(whole))
 
 

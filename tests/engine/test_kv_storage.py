@@ -96,6 +96,24 @@ def test_a_payload_is_k_then_v_then_their_scales(device: torch.device) -> None:
     assert data[16:].view(torch.float32).tolist() == [0.5, 0.25, 2.0, 4.0]
 
 
+def test_some_heads_may_be_read_and_written_without_the_others(device: torch.device) -> None:
+    storage, table = KVStorage(KVLayout("m", "f", 1, 3, 4, 2, "int8"), 3, device), (2, 0)
+    everything = payload(storage.layout, 3, device)
+    storage.write(0, table, 0, 3, everything)
+    k, v, k_scale, v_scale = (part.view(3, 3, 4) for part in torch.split(everything, 36))
+    last = torch.cat([part[:, 1:].flatten() for part in (k, v, k_scale, v_scale)])
+    assert torch.equal(storage.read(0, table, 0, 3, (1, 3)), last)
+    copy = KVStorage(storage.layout, 3, device)
+    copy.write(0, table, 0, 3, last, (1, 3))
+    assert torch.equal(copy.read(0, table, 0, 3, (1, 3)), last)
+    assert not copy.read(0, table, 0, 3, (0, 1)).any()
+
+
+def test_heads_that_are_not_there_are_refused(device: torch.device) -> None:
+    with pytest.raises(IntegrityError, match=r"KV heads \[2, 4\) are not within 3"):
+        KVStorage(LAYOUT, 4, device).read(0, (1,), 0, 3, (2, 4))
+
+
 def test_what_is_read_is_a_copy(layout: KVLayout, device: torch.device) -> None:
     storage = KVStorage(layout, 4, device)
     copy = storage.read(0, (1, 2), 2, 4)

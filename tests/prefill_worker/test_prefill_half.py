@@ -14,7 +14,7 @@ from core.sampling import SamplingParams
 from core.ticket import prefix_hash
 from kv_transfer.events import TransferFailed, TransferReady
 from prefill_worker.half import PrefillHalf
-from tests.halves import FIRST_TOKEN, LAYOUT, PROMPT, WAIT_S, Pair, Side, kv, prefill, ticket, work
+from tests.halves import FIRST_TOKEN, LAYOUT, PLAN, PROMPT, WAIT_S, Pair, Side, kv, prefill, ticket, work
 
 KEY = ("t", 1)
 
@@ -69,7 +69,7 @@ def test_the_record_covers_the_prompt(side: Side, half: PrefillHalf) -> None:
     assert (event.key, event.first_token_id, event.finish) == (KEY, FIRST_TOKEN, None)
     assert event.record is not None
     assert (event.record.num_tokens, event.record.num_skipped_tokens) == (len(PROMPT), 0)
-    assert event.record.gap(LAYOUT.num_layers, LAYOUT.num_kv_heads) is None
+    assert PLAN.gap(event.record) is None
     assert event.record.num_bytes == len(PROMPT) * LAYOUT.num_layers * LAYOUT.bytes_per_token_per_layer
 
 
@@ -114,7 +114,7 @@ def test_a_prefix_that_is_there_already_is_not_sent(side: Side, half: PrefillHal
     assert record is not None
     assert (record.num_skipped_tokens, record.skipped_prefix_hash) == (5, prefix_hash(PROMPT[:5]))
     assert min(segment.segment.token_start for segment in record.segments) == 5
-    assert record.gap(LAYOUT.num_layers, LAYOUT.num_kv_heads) is None
+    assert PLAN.gap(record) is None
 
 
 @pytest.mark.parametrize(
