@@ -65,6 +65,16 @@ class Generate:
     top_k: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    json_schema: str | None = None
+    """The text must be JSON that fits this schema."""
+    regex: str | None = None
+    """The text must match."""
+    choice: tuple[str, ...] = ()
+    """The text must be one of these."""
     timeout_s: float | None = None
     json: bool = False
     """Print one JSON object instead of streaming text."""

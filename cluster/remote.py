@@ -48,6 +48,13 @@ def generate(command: Generate) -> int:
             top_k=command.top_k,
             seed=command.seed,
             stop=list(command.stop) or None,
+            min_p=command.min_p,
+            repetition_penalty=command.repetition_penalty,
+            frequency_penalty=command.frequency_penalty,
+            presence_penalty=command.presence_penalty,
+            json_schema=command.json_schema,
+            regex=command.regex,
+            choice=command.choice or None,
             timeout_s=command.timeout_s,
         )
         texts = []

@@ -86,7 +86,10 @@ class GrammarMasks:
 
     def _masks(self, entry: PlanEntry) -> list[Mask]:
         """The mask after the output tokens, and after each draft that the grammar allows; after others, anything."""
-        matcher = self._state(entry).matcher
+        try:
+            matcher = self._state(entry).matcher
+        except (RuntimeError, ValueError) as error:  # of the library: the tokenizer is none for this model
+            raise GrammarError(f"no grammar can be followed: {error}") from error
         masks = [self._mask(matcher)]
         num_taken = 0
         for draft in entry.token_ids[len(entry.token_ids) - entry.num_drafts :]:

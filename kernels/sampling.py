@@ -1,7 +1,7 @@
 """Drawing tokens from logits: penalties, temperature, top-k, top-p (Holtzman et al., 2020), min-p, the inverse CDF.
 
 Weights of tokens are integers, so that their sums don't depend on an order, and the exponential is a fixed sequence of
-float32 operations: CPU, GPU and the C++ kernel draw the same token from the same logits.
+float32 operations: from the same logits the C++ kernel and the reference, wherever it runs, draw the same token.
 """
 
 from __future__ import annotations

@@ -66,10 +66,12 @@ class GrammarCompiler:
 
     def _problem(self, grammar: str) -> str:
         """Why nothing could be drawn by this grammar; empty where something can."""
-        if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(
+        try:
+            self._tokenizer = self._tokenizer or LLTokenizer(
                 self._text_tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=list(self._eos_token_ids)
             )
+        except (RuntimeError, ValueError) as error:
+            return f"this model's tokenizer can't serve one: {error}"
         if message := LLMatcher.validate_grammar(grammar, self._tokenizer):
             return " ".join(message.split())
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)

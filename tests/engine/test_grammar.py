@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -141,6 +142,14 @@ def test_a_request_whose_grammar_breaks_fails_alone(engine: Engine) -> None:
     assert [output.request for output in engine.scheduler.update(plan, result)] == [sound]
     assert engine.scheduler.requests.keys() == {"sound"}
     engine.scheduler.release("sound")
+
+
+def test_a_tokenizer_that_is_not_the_models_fails_the_request_and_not_the_step(tokenizer: LLTokenizer) -> None:
+    def load() -> LLTokenizer:
+        return LLTokenizer(str(MODEL / "tokenizer.json"), n_vocab=5)
+
+    entry = PlanEntry("a", (5,), 0, (0,), params("regex"), history=np.array([5], np.int32).tobytes())
+    assert GrammarMasks(load, 5).begin([entry]).get() == ({}, {"a": ANY})
 
 
 def test_prompt_logprobs_are_the_same_in_chunks(engine: Engine) -> None:

@@ -84,3 +84,18 @@ def test_what_can_not_be_is_refused_with_the_reason(compiler: GrammarCompiler, k
 def test_a_model_without_an_end_can_have_no_structure(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidRequestError, match="names no end-of-sequence token"):
         GrammarCompiler(tokenizer, tokenizer.vocab_size, ()).compile(Structure("regex", "a", "regex"))
+
+
+def test_a_model_whose_tokenizer_does_not_fit_can_have_no_structure(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="tokenizer can't serve one: vocab size too small"):
+        GrammarCompiler(tokenizer, 50, (EOS,)).compile(Structure("regex", "a", "regex"))
+
+
+def test_tokens_of_sentence_piece_are_read_as_their_text(sentence_piece_backend: tokenizers.Tokenizer) -> None:
+    tokenizer = Tokenizer(sentence_piece_backend, {})
+    grammar = GrammarCompiler(tokenizer, tokenizer.vocab_size, (2,)).compile(Structure("regex", " the é水+", "regex"))
+    backend = LLTokenizer(tokenizer.to_json(), eos_token=[2])
+    matcher = LLMatcher(backend, grammar, log_level=0)
+    tokens = tokenizer.encode("the é水水", add_special_tokens=False)
+    assert matcher.try_consume_tokens(tokens) == len(tokens)
+    assert matcher.is_accepting()
