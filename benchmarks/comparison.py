@@ -116,6 +116,7 @@ class Comparison:
     def warm_up(self, workloads: Sequence[Workload]) -> None:
         """Every engine runs prompts of each kind once, with few outputs."""
         for label in list(self._running):
+            self._say(f"warm up {label}")
             for workload in workloads:
                 self._run(label, workload.prompts(-1, self._vocab_size), min(2, workload.num_outputs))
 
@@ -134,6 +135,7 @@ class Comparison:
             if workload is not workloads[0] and not self._in_time():
                 self._say(f"the time is up: no {workload.name}")
                 return
+            self._say(f"turn {number + 1}: {workload.name}")
             prompts = workload.prompts(number, self._vocab_size)
             labels = [label for label in self._running if only is None or label in only]
             shift = number % len(labels) if labels else 0
