@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -129,19 +130,20 @@ class Bench:
         self._deadline_s = clock() + options.limit_s
         self._peers = None if options.peers is None else Peers(options.peers, options.num_threads)
 
-    def run(self) -> Report:
+    def run(self, report: Report) -> None:
+        """Rows are added to the report as they come."""
         options = self._options
-        self._say("ceilings")
-        report = Report(measure_ceilings(options.num_threads, quick=options.quick))
         num_rounds = 1 if options.quick else 5
         self._take(report, "penstock-tiny", lambda: [own_rows.tiny_row(self._logs / "tiny.log", num_rounds)])
-        num_files = 2 if options.quick else 6
-        self._take(report, "speculation", lambda: speculation_rows(self._logs, num_rounds, num_files))
         folders = list(self._folders(report))
         for i, folder in enumerate(folders):
             left_s = self._deadline_s - self._clock()
             self._model(report, folder, self._clock() + left_s / (len(folders) - i))
-        return report
+        if options.quick and self._clock() > self._deadline_s:
+            report.missing.append(Missing("penstock-tiny, speculation", "the time was up before it could start"))
+        else:
+            num_files = 2 if options.quick else 6
+            self._take(report, "speculation", lambda: speculation_rows(self._logs, num_rounds, num_files))
 
     def _folders(self, report: Report) -> Iterator[Path]:
         """Of the models; the embedded one where there are no peers."""
@@ -168,7 +170,11 @@ class Bench:
             )
         vocab_size = min(7000, cost.vocab_size)
         comparison = Comparison(
-            self._specs(folder), vocab_size, self._logs, self._say, in_time=lambda: self._clock() < deadline_s
+            self._specs(folder, report.missing),
+            vocab_size,
+            self._logs,
+            self._say,
+            in_time=lambda: self._clock() < deadline_s,
         )
         with comparison.started():
             if not quick:
@@ -202,18 +208,25 @@ class Bench:
             took_s.append(self._clock() - start_s)
             self._say(f"turn {number + 1} took {took_s[-1]:.0f} s")
 
-    def _specs(self, folder: Path) -> list[EngineSpec]:
-        options = self._options
-        own = [self._own(labels.OURS_FLOAT32, folder), self._own(labels.OURS_INT8, folder, quantization="int8")]
-        if not options.quick:
+    def _specs(self, folder: Path, missing: list[Missing]) -> list[EngineSpec]:
+        """Of the engines that are here; why others are not, where that is an error, goes to `missing`."""
+        options, peers = self._options, self._peers
+        specs = [self._own(labels.OURS_FLOAT32, folder), self._own(labels.OURS_INT8, folder, quantization="int8")]
+        makers: list[Callable[[Path], EngineSpec | None]] = [
+            lambda model: transformers_spec(model, options.num_threads)
+        ]
+        if peers is not None:
+            makers.insert(0, peers.llama_cpp)
+        if peers is not None and not options.quick:
             like_vllm = {"quantization": "int8", "quantize_lm_head": False}
-            own.append(self._own(labels.OURS_INT8_LIKE_VLLM, folder, **like_vllm))
-        transformers = transformers_spec(folder, options.num_threads)
-        if self._peers is None:
-            return [*own, transformers]
-        vllm = [] if options.quick else [self._peers.vllm_float32(folder), self._peers.vllm_int8(folder)]
-        others = [*vllm, self._peers.llama_cpp(folder), transformers]
-        return [*own, *(spec for spec in others if spec is not None)]
+            specs.append(self._own(labels.OURS_INT8_LIKE_VLLM, folder, **like_vllm))
+            makers[:0] = [peers.vllm_float32, peers.vllm_int8]
+        for make in makers:
+            try:
+                specs += [spec] if (spec := make(folder)) is not None else []
+            except (OSError, subprocess.SubprocessError) as error:  # a checkpoint in another layout can't be made
+                missing.append(Missing(f"{folder.name}, a peer's checkpoint", str(error)))
+        return specs
 
     def _own(self, label: str, folder: Path, **config: object) -> EngineSpec:
         return own_spec(label, folder, own_rows.ROOT, num_threads=self._options.num_threads, **config)
@@ -235,10 +248,15 @@ def run(options: Options, output: Path | None) -> Report:
 
     log_folder = Path(tempfile.mkdtemp(prefix="penstock-bench-"))
     say(f"logs of the engines: {log_folder}")
-    report = Bench(options, log_folder, say, time.perf_counter).run()
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report.file(options), indent=2) + "\n")
+    bench = Bench(options, log_folder, say, time.perf_counter)
+    say("ceilings")
+    report = Report(measure_ceilings(options.num_threads, quick=options.quick))
+    try:
+        bench.run(report)
+    finally:  # what there is of a run that was broken off
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(report.file(options), indent=2) + "\n")
     say("done")
     return report
 

@@ -77,9 +77,6 @@ class Peers:
         command = (str(python), str(DRIVERS / "run_llamacpp.py"), str(target), str(self.num_threads))
         return EngineSpec(labels.LLAMA_CPP, command)
 
-    def transformers(self, model: Path) -> EngineSpec:
-        return transformers_spec(model, self.num_threads)
-
 
 def transformers_spec(model: Path, num_threads: int) -> EngineSpec:
     command = (sys.executable, str(DRIVERS / "run_transformers.py"), str(model), str(num_threads))
