@@ -270,9 +270,9 @@ class Router:
 class Duo:
     """A prefill and a decode worker whose channel is up."""
 
-    def __init__(self) -> None:
-        self.prefill = Running("p", WorkerRole.PREFILL)
-        self.decode = Running("d", WorkerRole.DECODE)
+    def __init__(self, config: EngineConfig = CONFIG) -> None:
+        self.prefill = Running("p", WorkerRole.PREFILL, config=config)
+        self.decode = Running("d", WorkerRole.DECODE, config=config)
         self.connect = Connect("p", "d", 1, self.decode.kv.address, self.decode.engine.layout)
 
     def ticket(self, name: str, attempt: int = 1, epoch: int = 1) -> Ticket:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -25,7 +25,10 @@ from core.messages import (
     WorkerRole,
 )
 from core.ticket import CommitRecord, Segment, SegmentRecord, Ticket, prefix_hash
+from engine.config import SpeculativeConfig
 from tests.cluster.running_worker import (
+    CONFIG,
+    MODEL,
     WAIT_S,
     Duo,
     Router,
@@ -174,6 +177,33 @@ def test_what_the_prefill_worker_finds_is_sent_though_not_computed(both: Both) -
     tokens = [begin(both.prefill, both.decode, ticket, work(prompt, 12, salt=salt)), *rest(both.decode, ticket.key)]
     assert hits_of(both.prefill) - hits == 96
     assert [begin(both.prefill, both.decode, alone, work(prompt, 12)), *rest(both.decode, alone.key)] == tokens
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_decode_guesses_and_the_tokens_stay_the_same(both: Both, method: Any) -> None:
+    """Several tokens in one step, told in one event."""
+    model = str(MODEL) if method == "draft_model" else None
+    guessing = Duo(replace(CONFIG, speculative_config=SpeculativeConfig(method=method, model=model)))
+    prompt = prompt_of(20) * 4
+    works = [work(prompt[: 60 + i], 40, temperature=0.2 * i, seed=i) for i in range(3)]
+    try:
+        prefill, decode = Router(guessing.prefill), Router(guessing.decode)
+        for router in (prefill, decode):
+            router.say(guessing.connect)
+        for router in (prefill, decode):
+            router.next(PairUp)
+        for the_work in works:
+            plain, ticket = both.ticket(), guessing.ticket(new_name())
+            expected = [begin(both.prefill, both.decode, plain, the_work), *rest(both.decode, plain.key)]
+            first = begin(prefill, decode, ticket, the_work)
+            sequences = [*decode.tokens(ticket.key)]
+            assert [first, *(token_id for s in sequences for token_id in s.token_ids)] == expected
+        assert any(len(s.token_ids) > 1 for s in sequences)
+        decode.until_idle()
+        assert decode.load is not None
+        assert decode.load.num_draft_tokens >= decode.load.num_accepted_tokens > 0
+    finally:
+        guessing.close()
 
 
 def hits_of(router: Router) -> int:

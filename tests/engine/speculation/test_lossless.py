@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from llguidance import LLMatcher
 
 from core.request import Request
 from core.sampling import SamplingParams
@@ -18,12 +19,19 @@ from engine.sampler import sample
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "models" / "penstock-tiny"
 METHODS: list[Any] = ["ngram", "suffix", "token_recycling"]
+GRAMMAR = LLMatcher.grammar_from_regex("((ab|cd)[,;] ){30}")
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0},
     {"temperature": 0.7, "seed": 3},
     {"temperature": 0.5, "top_p": 0.9, "top_k": 40, "seed": 9},
     {"temperature": 0, "repetition_penalty": 1.1, "frequency_penalty": 0.2},
     {"temperature": 0.3, "min_tokens": 40, "bad_words": ((7, 8),), "logprobs": 2},
+    {
+        "temperature": 0.8,
+        "seed": 2,
+        "stop_token_ids": (0,),
+        "grammar": GRAMMAR,
+    },
 ]
 
 
