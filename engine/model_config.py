@@ -114,14 +114,9 @@ class ModelConfig:
         would change the model's output.
         """
         folder = Path(path)
-        values = read_json(folder / "config.json")
-        family = _family(Fields(folder / "config.json", values))
-        fields = Fields(folder / "config.json", {**family.defaults, **values})
-        _refuse_unsupported(fields, family)
-        num_heads, num_kv_heads, head_size = _heads(fields)
+        fields, family = _described(folder / "config.json")
         latent = _latent(fields) if family.latent else None
-        if latent is not None:
-            head_size = latent.nope_size + latent.rope_size
+        num_heads, num_kv_heads, head_size = _heads(fields, latent)
         layers = _layers(fields, family, head_size if latent is None else latent.rope_size)
         attention_bias = family.attention_bias == "config" and fields.boolean("attention_bias")
         eos_token_ids, defaults = _generation(folder, fields)
@@ -174,6 +169,15 @@ def model_info(path: str | Path, name: str, max_model_len: int | None = None) ->
     )
 
 
+def _described(path: Path) -> tuple[Fields, Family]:
+    """The fields of config.json, with the family's defaults where it says nothing."""
+    values = read_json(path)
+    family = _family(Fields(path, values))
+    fields = Fields(path, {**family.defaults, **values})
+    _refuse_unsupported(fields, family)
+    return fields, family
+
+
 def _family(fields: Fields) -> Family:
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
@@ -200,12 +204,14 @@ def _only(fields: Fields, key: str, allowed: tuple[Any, ...]) -> None:
         raise fields.error(key, f"must be {choices}; nothing else is supported for {fields.get('architectures')[0]}")
 
 
-def _heads(fields: Fields) -> tuple[int, int, int]:
+def _heads(fields: Fields, latent: LatentConfig | None) -> tuple[int, int, int]:
     """Number of query heads, number of KV heads, head size."""
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", f"must divide num_attention_heads ({num_heads})")
+    if latent is not None:
+        return num_heads, num_kv_heads, latent.nope_size + latent.rope_size
     head_size = fields.integer("head_dim", default=fields.integer("hidden_size") // num_heads)
     if head_size % 2:
         raise fields.error("head_dim", f"must be even for rotary positions, is {head_size}")

@@ -90,6 +90,12 @@ def test_a_length_beyond_the_model_is_refused(folder: Path, config: EngineConfig
         Engine.from_checkpoint(folder, replace(config, max_model_len=257))
 
 
+def test_an_unknown_quantization_is_refused_with_the_choices() -> None:
+    unknown: Any = "fp8"
+    with pytest.raises(ConfigError, match=r"engine.quantization: got 'fp8', must be one of int8, w8a8, int4, w4a16"):
+        EngineConfig(quantization=unknown)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine\.device: got 'cuda', but torch sees no GPU"):
