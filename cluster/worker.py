@@ -239,7 +239,9 @@ class Worker:
         try:
             if refusal := self._refusal(command, token_ids):
                 session.emit(refusal)
-            elif isinstance(command, Reserve):
+                return
+            self._engine.runner.prepare(command.work.sampling)
+            if isinstance(command, Reserve):
                 self._decode.reserve(command, token_ids, session.emit)
             elif ticket.local:
                 self._decode.start_local(command, token_ids, session.emit)

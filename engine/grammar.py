@@ -18,6 +18,8 @@ from engine.plan import PlanEntry
 from engine.sampler import Mask
 from kernels.sampling import num_mask_words
 
+MAX_GRAMMARS = 64
+"""Compiled ones that are kept."""
 MAX_STATES = 256
 """Requests whose place in their grammar is remembered; that of others is found again from their tokens."""
 
@@ -67,7 +69,8 @@ class GrammarMasks:
         """`load` is called when the first grammar comes."""
         self._load, self._num_words = load, num_mask_words(vocab_size)
         self._tokenizer: LLTokenizer | None = None
-        self._states: OrderedDict[str, _State] = OrderedDict()  # the thread's own
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # this and the next are the thread's own
+        self._states: OrderedDict[str, _State] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     @classmethod
@@ -79,6 +82,10 @@ class GrammarMasks:
         return cls(
             lambda: LLTokenizer(str(path), n_vocab=vocab_size, eos_token=list(eos_token_ids) or None), vocab_size
         )
+
+    def prepare(self, grammar: str) -> None:
+        """A request with this grammar has come: compile it before its first mask is due."""
+        self._thread.submit(self._matcher, grammar)
 
     def begin(self, entries: Sequence[PlanEntry]) -> PendingMasks:
         """Start on the masks of entries whose `sampling` has a grammar."""
@@ -104,8 +111,6 @@ class GrammarMasks:
 
     def _state(self, entry: PlanEntry) -> _State:
         assert entry.sampling is not None
-        if self._tokenizer is None:
-            self._tokenizer = self._load()
         history = np.frombuffer(entry.history, np.int32)
         output = history[len(history) - entry.num_output_tokens :].tolist()
         state = self._states.pop(entry.request_id, None)
@@ -114,7 +119,7 @@ class GrammarMasks:
             or state.grammar != entry.sampling.grammar
             or state.token_ids != output[: len(state.token_ids)]
         ):
-            state = _State(entry.sampling.grammar, LLMatcher(self._tokenizer, entry.sampling.grammar, log_level=0))
+            state = _State(entry.sampling.grammar, self._matcher(entry.sampling.grammar).deep_copy())
         state.matcher.consume_tokens(output[len(state.token_ids) :])
         if state.matcher.is_error():
             raise GrammarError(f"the grammar can't go on: {state.matcher.get_error().splitlines()[0]}")
@@ -123,6 +128,19 @@ class GrammarMasks:
         if len(self._states) > MAX_STATES:
             self._states.popitem(last=False)
         return state
+
+    def _matcher(self, grammar: str) -> LLMatcher:
+        """At the beginning of the grammar: to be copied, not moved."""
+        matcher = self._compiled.pop(grammar, None)
+        if matcher is None:
+            if self._tokenizer is None:
+                self._tokenizer = self._load()
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+            matcher.compute_bitmask()  # the first takes as long as compiling did
+        self._compiled[grammar] = matcher
+        if len(self._compiled) > MAX_GRAMMARS:
+            self._compiled.popitem(last=False)
+        return matcher
 
     def _mask(self, matcher: LLMatcher) -> Mask:
         mask = np.empty(self._num_words, np.uint32)

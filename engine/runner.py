@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from core.logprobs import TokenLogprobs
+from core.sampling import SamplingParams
 from engine.grammar import GrammarMasks, PendingMasks
 from engine.kv_storage import KVStorage
 from engine.model import Model
@@ -32,6 +33,11 @@ class Runner:
         self._storage = storage
         self._grammars = grammars
         self.mask_wait_s = 0.0
+
+    def prepare(self, sampling: SamplingParams) -> None:
+        """A request with these parameters has come: begin what takes long and does not need the device."""
+        if sampling.grammar and self._grammars is not None:
+            self._grammars.prepare(sampling.grammar)
 
     @torch.inference_mode()
     def run(self, plan: Plan, on_layer: Callable[[int], None] | None = None) -> StepResult:

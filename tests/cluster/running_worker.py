@@ -89,6 +89,9 @@ class Steps(Runner):
         self.begun: queue.Queue[Plan] = queue.Queue()
         self.failures: list[Exception] = []
 
+    def prepare(self, sampling: SamplingParams) -> None:
+        self._inner.prepare(sampling)
+
     def pause(self) -> None:
         """The next step stops before it computes anything. `begun` tells when it has got there."""
         while not self.begun.empty():

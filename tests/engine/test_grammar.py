@@ -144,6 +144,33 @@ def test_a_request_whose_grammar_breaks_fails_alone(engine: Engine) -> None:
     engine.scheduler.release("sound")
 
 
+def test_a_grammar_that_was_prepared_is_not_compiled_when_its_mask_is_due(tokenizer: LLTokenizer) -> None:
+    """Nor is it for the requests after the first; each goes its own way through it."""
+    loads: list[None] = []
+
+    def load() -> LLTokenizer:
+        loads.append(None)
+        return tokenizer
+
+    masks = GrammarMasks(load, tokenizer.vocab_size)
+    masks.prepare(GRAMMARS["regex"])
+    drawn = tokenizer.tokenize_str("red 123")
+
+    def mask(name: str, output: list[int]) -> list[int]:
+        history = np.array(PROMPT + output, np.int32).tobytes()
+        entry = PlanEntry(name, (1,), 29, (0,), params("regex"), len(output), history=history)
+        found: list[int] = masks.begin([entry]).get()[0][name][0].tolist()
+        return found
+
+    fresh = GrammarMasks(load, tokenizer.vocab_size)
+    first = mask("a", [])
+    assert mask("a", drawn) != first
+    assert mask("b", []) == first
+    assert len(loads) == 1
+    masks = fresh
+    assert mask("c", []) == first
+
+
 def test_a_tokenizer_that_is_not_the_models_fails_the_request_and_not_the_step(tokenizer: LLTokenizer) -> None:
     def load() -> LLTokenizer:
         return LLTokenizer(str(MODEL / "tokenizer.json"), n_vocab=5)
