@@ -25,10 +25,13 @@ FAILURE_CHECK_S = 1.0
 
 
 class Cluster:
-    """Router and workers of one configuration. Owns the launcher, and with it every process; `close` ends them all."""
+    """Router and workers of one configuration. Owns the launcher, and with it every process; `close` ends them all.
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self.config = config
+    The launcher is the one that the configuration names, unless another is given.
+    """
+
+    def __init__(self, config: ClusterConfig, launcher: Launcher | None = None) -> None:
+        self.config, self._given = config, launcher
         self.launcher: Launcher
         self.endpoints: Endpoints
 
@@ -49,7 +52,7 @@ class Cluster:
         """
         config, deadline = self.config, time.monotonic() + self.config.startup_timeout_s
         ModelConfig.from_folder(config.model)
-        self.launcher = _launcher(config)
+        self.launcher = self._given or _launcher(config)
         try:
             router = RouterSpec(
                 config.model.resolve(), config.model_name, config.engine.max_model_len, self._router(), config.log_level

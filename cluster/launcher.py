@@ -50,14 +50,18 @@ class Launcher(Protocol):
 
 
 class SubprocessLauncher:
-    """Plain child processes of this one: tests, one-GPU machines, debugging. They die with their parent."""
+    """Plain child processes of this one: tests, one-GPU machines, debugging. They die with their parent.
 
-    def __init__(self) -> None:
+    `module` is run in each of them, and takes what `cluster.process` takes.
+    """
+
+    def __init__(self, module: str = "cluster.process") -> None:
+        self._module = module
         self._children: dict[str, _Child] = {}
         self._endpoints: Endpoints | None = None
 
     def start(self, router: RouterSpec, workers: Sequence[WorkerSpec], deadline_s: float) -> Endpoints:
-        child = self._children["router"] = _Child("router", ["router"], to_json(router))
+        child = self._children["router"] = _Child("router", self._command("router"), to_json(router))
         endpoints = child.endpoints(deadline_s)
         ports = [int(address.rpartition(":")[2]) for address in (endpoints.grpc, endpoints.http)]
         fixed = replace(router.config, grpc_port=ports[0], http_port=ports[1])  # where workers and clients look for it
@@ -70,8 +74,8 @@ class SubprocessLauncher:
     def start_worker(self, spec: WorkerSpec) -> None:
         if self._endpoints is None:
             raise UnavailableError("start the router before its workers")
-        arguments = ["worker", self._endpoints.grpc]
-        self._children[spec.worker_id] = _Child(spec.worker_id, arguments, to_json(spec))
+        command = self._command("worker", self._endpoints.grpc)
+        self._children[spec.worker_id] = _Child(spec.worker_id, command, to_json(spec))
 
     def stop_worker(self, worker_id: str, drain_timeout_s: float) -> None:
         self._children.pop(worker_id).stop(drain_timeout_s + 5)
@@ -88,16 +92,19 @@ class SubprocessLauncher:
         for child in children:
             child.stop(0)
 
+    def _command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", self._module, *arguments]
+
 
 class _Child:
     """One supervised process. Its specification goes in on stdin, which stays open for as long as this process lives;
     its `Started` comes out on stdout."""
 
-    def __init__(self, name: str, arguments: list[str], spec: str) -> None:
+    def __init__(self, name: str, command: list[str], spec: str) -> None:
         self.name = name
         self.spec = spec
         self.failure: str | None = None
-        self._command = [sys.executable, "-m", "cluster.process", *arguments]
+        self._command = command
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # no restart once `_stopping` is set
         self._answer: Started | None = None

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from cluster.config import from_json, to_json
@@ -57,19 +58,8 @@ def run(process: Process) -> int:
     return done[0] if done else 1
 
 
-def main(arguments: list[str]) -> int:
-    """The exit code; 2 where the process can't start and has said why."""
-    spec, out = sys.stdin.readline(), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
-    try:
-        started, process = start(arguments, spec)
-    except (PenstockError, OSError) as error:
-        log.error("%s can't start: %s", " ".join(arguments), error)
-        print(to_json(Started(error=str(error))), file=out, flush=True)
-        return 2
-    print(to_json(started), file=out, flush=True)
-    return run(process)
+Start = Callable[[list[str], str], tuple[Started, Process]]
+"""From the arguments and the specification as JSON to a process that runs. Raises PenstockError or OSError."""
 
 
 def start(arguments: list[str], spec: str) -> tuple[Started, Process]:
@@ -88,6 +78,21 @@ def start(arguments: list[str], spec: str) -> tuple[Started, Process]:
             return Started(), worker
         case _:
             raise ConfigError("arguments", arguments, "must be: router | worker ROUTER_ADDRESS")
+
+
+def main(arguments: list[str], start: Start = start) -> int:
+    """The exit code; 2 where the process can't start and has said why."""
+    spec, out = sys.stdin.readline(), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
+    try:
+        started, process = start(arguments, spec)
+    except (PenstockError, OSError) as error:
+        log.error("%s can't start: %s", " ".join(arguments), error)
+        print(to_json(Started(error=str(error))), file=out, flush=True)
+        return 2
+    print(to_json(started), file=out, flush=True)
+    return run(process)
 
 
 if __name__ == "__main__":

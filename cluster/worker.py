@@ -7,6 +7,7 @@ import queue
 from dataclasses import dataclass
 
 from cluster.session import RouterSession
+from cluster.steps import Step, StepHook, pass_by
 from core.clock import Clock
 from core.errors import IntegrityError, PenstockError, TransferError
 from core.messages import (
@@ -43,6 +44,7 @@ MAX_FAILED_STEPS = 3
 """Steps that may fail in a row before the worker ends, to be started anew."""
 EXPIRY_INTERVAL_S = 0.25
 """How late the end of a lease or deadline may be noticed."""
+STEP_OF = {Reserve: Step.RESERVE, Prefill: Step.PREFILL, Accept: Step.ACCEPT, Release: Step.RELEASE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,17 @@ class Worker:
     one of the two halves; the end of its session, of its lease or of its pair frees them.
     """
 
-    def __init__(self, engine: Engine, kv: KVPlane, role: WorkerRole, incarnation: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        kv: KVPlane,
+        role: WorkerRole,
+        incarnation: str,
+        clock: Clock,
+        on_step: StepHook = pass_by,
+    ) -> None:
         self._engine, self._kv, self._role, self._incarnation, self._clock = engine, kv, role, incarnation, clock
+        self._on_step = on_step
         self._prefill = PrefillHalf(engine.scheduler, kv.sender)
         self._decode = DecodeHalf(engine.scheduler, engine.pool, kv.receiver)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -108,20 +119,25 @@ class Worker:
 
         Raises the error of the last step where too many fail in a row.
         """
-        plan = Plan(())
+        busy = False
         try:
             while not self._stopped:
-                self._take_messages(wait=not plan)
-                plan = self._engine.scheduler.schedule()
-                if plan and (result := self._run_step(plan)):
-                    self._publish(self._engine.scheduler.update(plan, result))
-                    self._fail_undrawn(result)
-                self._expire()
-                self._flush()
+                busy = self.turn(wait=not busy)
         finally:
             self._flush()
             for session in self._sessions:
                 session.close()
+
+    def turn(self, wait: bool) -> bool:
+        """One turn of the loop, which begins with a message where it may `wait` for one; whether a step was run."""
+        self._take_messages(wait)
+        plan = self._engine.scheduler.schedule()
+        if plan and (result := self._run_step(plan)):
+            self._publish(self._engine.scheduler.update(plan, result))
+            self._fail_undrawn(result)
+        self._expire()
+        self._flush()
+        return bool(plan)
 
     # ---- one turn
 
@@ -137,7 +153,7 @@ class Worker:
 
     def _run_step(self, plan: Plan) -> StepResult | None:
         try:
-            result = self._engine.runner.run(plan, lambda layer: self._prefill.push(plan, layer))
+            result = self._engine.runner.run(plan, lambda layer: self._push(plan, layer))
         except Exception as error:
             log.exception("a step of %d requests failed", len(plan.entries))
             self._num_failed_steps += 1
@@ -156,8 +172,18 @@ class Worker:
         for key in [key for key in self._keys() if engine_id(key) in failures]:
             self._fail(key, "grammar", failures[engine_id(key)])
 
+    def _push(self, plan: Plan, layer: int) -> None:
+        if self._prefill.keys():
+            self._on_step(Step.PUSH, layer)
+        self._prefill.push(plan, layer)
+
     def _publish(self, outputs: list[StepOutput]) -> None:
-        self._decode.publish([output for output in outputs if not self._prefill.publish(output)])
+        decoded = [output for output in outputs if not self._prefill.publish(output)]
+        if len(decoded) < len(outputs):
+            self._on_step(Step.COMMIT)
+        if decoded:
+            self._on_step(Step.TOKENS)
+        self._decode.publish(decoded)
 
     def _expire(self) -> None:
         now = self._clock()
@@ -210,6 +236,8 @@ class Worker:
                 self._stopped = True
 
     def _obey(self, session: RouterSession, command: Command) -> None:
+        if step := STEP_OF.get(type(command)):
+            self._on_step(step)
         match command:
             case Connect():
                 self._kv.connect(command)

@@ -17,10 +17,14 @@ from grpc_reflection.v1alpha import reflection
 from cluster import rpc
 from cluster.session import WorkerService
 from cluster.spec import WorkerSpec
+from cluster.steps import StepHook, pass_by
 from cluster.worker import FromRouter, SessionClosed, SessionOpened, Stop, Worker
+from core.clock import Clock
 from core.messages import Drain, WorkerHello
 from engine.engine import Engine
-from kv_transfer.events import KVEvent
+from engine.kv_storage import KVStorage
+from kv_transfer.config import TransferConfig
+from kv_transfer.events import KVEvent, Notify
 from kv_transfer.plane import KVPlane
 from penstock.v1 import worker_pb2, worker_pb2_grpc
 from telemetry.logs import configure_logging
@@ -38,11 +42,19 @@ SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 class WorkerProcess:
     """Owns the engine, its thread, the gRPC server and the KV plane; `wait` frees them all.
 
-    `router_address` is asked before each registration, so that a router may come back elsewhere.
+    `router_address` is asked before each registration, so that a router may come back elsewhere. Tests bring an
+    `on_step`, and a `make_plane` over rendezvous of their own.
     """
 
-    def __init__(self, spec: WorkerSpec, router_address: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        router_address: Callable[[], str],
+        on_step: StepHook = pass_by,
+        make_plane: Callable[[str, KVStorage, str, TransferConfig, Clock, Notify], KVPlane] = KVPlane,
+    ) -> None:
         self._spec, self._router_address = spec, router_address
+        self._on_step, self._make_plane = on_step, make_plane
         self._incarnation = uuid.uuid4().hex
         self._ended = threading.Event()
         self._exit_code = 0
@@ -52,10 +64,10 @@ class WorkerProcess:
         spec = self._spec
         configure_logging(sys.stderr, level=spec.log_level)
         self._engine = Engine.from_checkpoint(spec.model, spec.engine, spec.cpus)
-        self._kv = KVPlane(
+        self._kv = self._make_plane(
             self._incarnation, self._engine.storage, spec.host, spec.transfer, time.monotonic, self._notify
         )
-        self.worker = Worker(self._engine, self._kv, spec.role, self._incarnation, time.monotonic)
+        self.worker = Worker(self._engine, self._kv, spec.role, self._incarnation, time.monotonic, self._on_step)
         self._server = self._serve()
         threading.Thread(target=self._turn, name="engine", daemon=True).start()
         threading.Thread(target=self._register, name="register", daemon=True).start()
