@@ -1,6 +1,6 @@
 """Requests for minutes, while workers are killed and frozen: every answer right, nothing held at the end.
 
-Not in the default suite: `scripts/test -m soak`. PENSTOCK_SOAK_S and PENSTOCK_SOAK_SEED set how long, and which faults.
+Not in the default suite: `scripts/test -m chaos`. PENSTOCK_SOAK_S and PENSTOCK_SOAK_SEED: how long, and which faults.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ async def faults(serving: Serving, until: float, outcomes: Counter[str]) -> None
                     os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.soak
+@pytest.mark.chaos
 @pytest.mark.timeout(DURATION_S + 300)
 @pytest.mark.anyio
 async def test_every_answer_is_right_while_workers_die_and_freeze(four_workers: Serving, oracle: Oracle) -> None:

@@ -1,0 +1,209 @@
+"""The test's end of faults at steps: which worker is to stop, die or lie where; and the cluster this happens to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from cluster.cluster import Cluster, worker_specs
+from cluster.config import ClusterConfig, PoolConfig
+from cluster.launcher import SubprocessLauncher
+from cluster.steps import Step
+from engine.config import EngineConfig
+from kv_transfer.config import TransferConfig
+from penstock import Client, ServerInfo, UnavailableError
+from router.config import DispatchConfig, RouterConfig
+from tests.faults.process import SOCKET
+
+MODEL = Path(__file__).resolve().parents[2] / "models" / "penstock-tiny"
+WAIT_S = 30.0
+Action = Literal["hold", "kill", "freeze", "damage", "cut"]
+
+
+@dataclass
+class _Worker:
+    """One life of a worker. `said` brings `armed` and `at`."""
+
+    connection: socket.socket
+    pid: int
+    said: queue.Queue[str] = field(default_factory=queue.Queue)
+
+    def tell(self, line: str) -> None:
+        self.connection.sendall(f"{line}\n".encode())
+
+
+class StepControl:
+    """Where the workers of `tests.faults.process` come for orders. One order at a time to each."""
+
+    def __init__(self, path: Path) -> None:
+        self._workers: dict[str, _Worker] = {}
+        self._changed = threading.Condition()
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(str(path))
+        self._server.listen()
+        threading.Thread(target=self._welcome, name="steps", daemon=True).start()
+
+    def arm(self, worker_id: str, step: Step, action: Action, layer: int = 0) -> None:
+        """At its next such step, the worker is held, dies, is frozen, or what it sends next is damaged or cut off."""
+        worker = self._of(worker_id)
+        worker.tell(f"arm {step.value} {layer} {action}")
+        assert worker.said.get(timeout=WAIT_S) == "armed"
+
+    def reached(self, worker_id: str) -> int:
+        """Wait until it is there; its process id."""
+        worker = self._of(worker_id)
+        assert worker.said.get(timeout=WAIT_S) == "at"
+        return worker.pid
+
+    def go(self, worker_id: str) -> None:
+        """End a hold."""
+        self._of(worker_id).tell("go")
+
+    def pid(self, worker_id: str) -> int:
+        return self._of(worker_id).pid
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _of(self, worker_id: str) -> _Worker:
+        with self._changed:
+            assert self._changed.wait_for(lambda: worker_id in self._workers, WAIT_S), f"{worker_id} is away"
+            return self._workers[worker_id]
+
+    def _welcome(self) -> None:
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
+
+    def _listen(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("r") as lines:
+            worker_id, pid = next(lines).split()
+            worker = _Worker(connection, int(pid))
+            with self._changed:
+                self._workers[worker_id] = worker
+                self._changed.notify_all()
+            try:
+                for line in lines:
+                    worker.said.put(line.strip())
+            except OSError:
+                pass  # it was killed
+        with self._changed:
+            if self._workers.get(worker_id) is worker:
+                del self._workers[worker_id]
+
+
+@dataclass(frozen=True)
+class World:
+    """A running cluster of processes, and what may happen to them."""
+
+    cluster: Cluster
+    steps: StepControl
+
+    @property
+    def target(self) -> str:
+        return self.cluster.endpoints.grpc
+
+    def client(self, timeout_s: float = 60.0) -> Client:
+        return Client(self.target, timeout_s=timeout_s)
+
+    def info(self) -> ServerInfo:
+        with self.client() as client:
+            return client.server_info()
+
+    def kill(self, name: str) -> None:
+        """`kill -9` of a worker or of the `router`."""
+        os.kill(self.cluster.launcher.pids()[name], signal.SIGKILL)
+
+    def wait_until(self, condition: Callable[[ServerInfo], bool], timeout_s: float = WAIT_S) -> None:
+        deadline, pause, info = time.monotonic() + timeout_s, threading.Event(), None
+        while time.monotonic() < deadline:
+            with contextlib.suppress(UnavailableError):  # the router is being started again
+                if condition(info := self.info()):
+                    return
+            pause.wait(0.05)  # between two questions to a server that has nothing to subscribe to
+        pytest.fail(f"not within {timeout_s} s: {info}")
+
+    def wait_until_nothing_is_held(self, timeout_s: float) -> None:
+        self.wait_until(nothing_is_held, timeout_s)
+
+    def wait_until_whole(self, timeout_s: float = WAIT_S) -> None:
+        """Every worker is there, every pair is up, and nothing is held for anybody."""
+        num_workers = len(worker_specs(self.cluster.config))
+        pools = self.cluster.config
+        num_pairs = pools.prefill.num_workers * pools.decode.num_workers
+        self.wait_until(
+            lambda info: (
+                sum(w.connected for w in info.workers) == num_workers
+                and sum(pair.up for pair in info.pairs) >= num_pairs
+                and nothing_is_held(info)
+            ),
+            timeout_s,
+        )
+
+
+def nothing_is_held(info: ServerInfo) -> bool:
+    return info.num_queued == info.num_running == 0 and all(
+        w.num_free_blocks == w.num_blocks and w.num_running == w.num_waiting == 0 for w in info.workers if w.connected
+    )
+
+
+QUICK = TransferConfig(lease_s=2.0, silence_timeout_s=1.5, keepalive_s=0.3)
+
+
+@contextmanager
+def world(
+    num_prefill: int = 2,
+    num_decode: int = 2,
+    *,
+    engine: EngineConfig | None = None,
+    transfer: TransferConfig = QUICK,
+    max_attempts: int = 6,
+) -> Iterator[World]:
+    """Processes with little patience and little memory; none is left afterwards."""
+    engine = engine or EngineConfig(num_blocks=512, max_num_batched_tokens=64, num_threads=1, device="cpu")
+    config = ClusterConfig(
+        model=MODEL,
+        launcher="subprocess",
+        log_level="error",
+        prefill=PoolConfig(num_workers=num_prefill),
+        decode=PoolConfig(num_workers=num_decode),
+        engine=engine,
+        transfer=transfer,
+        router=RouterConfig(grpc_port=0, http_port=0, dispatch=DispatchConfig(max_attempts=max_attempts)),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        control = StepControl(Path(folder) / "steps")
+        with environment({SOCKET: str(Path(folder) / "steps")}):
+            cluster = Cluster(config, SubprocessLauncher("tests.faults.process"))
+            try:
+                cluster.start()
+                made = World(cluster, control)
+                made.wait_until_whole()
+                yield made
+            finally:
+                cluster.close()
+                control.close()
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        yield

@@ -1,0 +1,137 @@
+"""What `cluster.process` is, with a worker to which a test can let something happen at a step.
+
+`python -m tests.faults.process router | worker ADDRESS`; PENSTOCK_TEST_STEPS is the socket of a `StepControl`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from torch import Tensor
+
+from cluster import process
+from cluster.config import from_json
+from cluster.spec import Started, WorkerSpec
+from cluster.steps import Step
+from cluster.worker_process import WorkerProcess
+from core.clock import Clock
+from core.messages import Connect
+from engine.kv_storage import KVStorage
+from kv_transfer.config import TransferConfig
+from kv_transfer.events import Notify
+from kv_transfer.plane import KVPlane
+from kv_transfer.rendezvous import GroupRendezvous, Rendezvous
+from kv_transfer.transport import Transport
+from tests.faults.namespace import enter_namespace
+
+SOCKET = "PENSTOCK_TEST_STEPS"
+
+
+class Faults:
+    """Obeys a `StepControl`: `arm STEP LAYER ACTION` makes that step the next one at which the action happens."""
+
+    def __init__(self, worker_id: str, path: str) -> None:
+        self._armed: tuple[Step, int, str] | None = None
+        self._go = threading.Event()
+        self._damage = ""
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        self._lines = self._socket.makefile("r")
+        self._say(f"{worker_id} {os.getpid()}")
+        threading.Thread(target=self._obey, name="faults", daemon=True).start()
+
+    def __call__(self, step: Step, layer: int = 0, /) -> None:
+        armed = self._armed
+        if armed is None or armed[:2] != (step, layer):
+            return
+        self._armed, action = None, armed[2]
+        match action:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hold":
+                self._go.clear()
+                self._say("at")
+                self._go.wait()
+            case "freeze":
+                self._say("at")
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "damage" | "cut":
+                self._damage = action
+                self._say("at")
+
+    def take_damage(self) -> str:
+        """What is to happen to the payload that leaves now: `damage`, `cut` or nothing."""
+        damage, self._damage = self._damage, ""
+        return damage
+
+    def _obey(self) -> None:
+        for line in self._lines:
+            match line.split():
+                case ["arm", step, layer, action]:
+                    self._armed = (Step(step), int(layer), action)
+                    self._say("armed")
+                case ["go"]:
+                    self._go.set()
+        self._go.set()
+
+    def _say(self, text: str) -> None:
+        self._socket.sendall(f"{text}\n".encode())
+
+
+class FaultyTransport:
+    """A transport whose payload can be damaged on its way, or cut off."""
+
+    def __init__(self, inner: Transport, faults: Faults) -> None:
+        self._inner, self._faults = inner, faults
+        self.payload_device = inner.payload_device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def send_payload(self, payload: Tensor, timeout_s: float) -> None:
+        match self._faults.take_damage():
+            case "damage":
+                payload = payload.clone()
+                payload[payload.numel() // 2] ^= 0x10
+            case "cut":
+                self._inner.abort()
+        self._inner.send_payload(payload, timeout_s)
+
+
+class FaultyRendezvous:
+    def __init__(self, inner: Rendezvous, faults: Faults) -> None:
+        self._inner, self._faults = inner, faults
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def meet(self, connect: Connect, rank: int) -> Any:
+        return FaultyTransport(self._inner.meet(connect, rank), self._faults)
+
+
+def start(arguments: list[str], spec: str) -> tuple[Started, process.Process]:
+    if arguments[0] != "worker":
+        return process.start(arguments, spec)
+    process.prepare_for_torch()
+    parsed = from_json(WorkerSpec, spec)
+    enter_namespace(parsed.worker_id)
+    faults = Faults(parsed.worker_id, os.environ[SOCKET])
+
+    def make_plane(
+        incarnation: str, storage: KVStorage, host: str, config: TransferConfig, clock: Clock, notify: Notify
+    ) -> KVPlane:
+        rendezvous: Any = FaultyRendezvous(GroupRendezvous(host, storage.device, config), faults)
+        return KVPlane(incarnation, storage, host, config, clock, notify, rendezvous)
+
+    worker = WorkerProcess(parsed, lambda: arguments[1], faults, make_plane)
+    worker.start()
+    return Started(), worker
+
+
+if __name__ == "__main__":
+    sys.exit(process.main(sys.argv[1:], start))
