@@ -212,21 +212,19 @@ class Bench:
         """Of the engines that are here; why others are not, where that is an error, goes to `missing`."""
         options, peers = self._options, self._peers
         specs = [self._own(labels.OURS_FLOAT32, folder), self._own(labels.OURS_INT8, folder, quantization="int8")]
-        makers: list[Callable[[Path], EngineSpec | None]] = [
-            lambda model: transformers_spec(model, options.num_threads)
-        ]
-        if peers is not None:
-            makers.insert(0, peers.llama_cpp)
+        makers: list[Callable[[Path], EngineSpec | None]] = []
         if peers is not None and not options.quick:
             like_vllm = {"quantization": "int8", "quantize_lm_head": False}
             specs.append(self._own(labels.OURS_INT8_LIKE_VLLM, folder, **like_vllm))
-            makers[:0] = [peers.vllm_float32, peers.vllm_int8]
+            makers += [peers.vllm_float32, peers.vllm_int8]
+        if peers is not None:
+            makers.append(peers.llama_cpp)
         for make in makers:
             try:
                 specs += [spec] if (spec := make(folder)) is not None else []
-            except (OSError, subprocess.SubprocessError) as error:  # a checkpoint in another layout can't be made
-                missing.append(Missing(f"{folder.name}, a peer's checkpoint", str(error)))
-        return specs
+            except (OSError, subprocess.SubprocessError) as error:  # weights can't be written in the peer's layout
+                missing.append(Missing(f"{folder.name}, a peer's checkpoint", type(error).__name__))
+        return [*specs, transformers_spec(folder, options.num_threads)]
 
     def _own(self, label: str, folder: Path, **config: object) -> EngineSpec:
         return own_spec(label, folder, own_rows.ROOT, num_threads=self._options.num_threads, **config)
