@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from core.request import Request
+from engine.speculation.fading_map import FadingMap
 
-MAX_SALTS = 64
+MAX_ENTRIES = 1 << 17
 
 
 class RecyclingProposer:
@@ -20,29 +20,21 @@ class RecyclingProposer:
 
     seconds_per_token = 0.0
 
-    def __init__(self) -> None:
-        self._successors: OrderedDict[str, dict[int, int]] = OrderedDict()
+    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+        self._successors: FadingMap[tuple[str, int], int] = FadingMap(max_entries)
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[list[int]]:
         return [self._guess(request, num_tokens) for request, num_tokens in wanted]
 
     def learn(self, request: Request, token_ids: Sequence[int], drawn: Sequence[int]) -> None:
-        self._of(request).update(zip(token_ids, drawn, strict=False))
+        for token_id, successor in zip(token_ids, drawn, strict=False):
+            self._successors.put((request.cache_salt, token_id), successor)
 
     def forget(self, request: Request) -> None:
         """Nothing is kept of a single request."""
 
     def _guess(self, request: Request, num_tokens: int) -> list[int]:
-        successors = self._of(request)
-        tokens = request.token_ids(request.num_tokens - 1, request.num_tokens)
-        while len(tokens) <= num_tokens and (token_id := successors.get(tokens[-1])) is not None:
+        tokens, salt = [request.last_token_id], request.cache_salt
+        while len(tokens) <= num_tokens and (token_id := self._successors.get((salt, tokens[-1]))) is not None:
             tokens.append(token_id)
         return tokens[1:]
-
-    def _of(self, request: Request) -> dict[int, int]:
-        """Of the request's salt; the one that was not used for longest gives way."""
-        successors = self._successors.setdefault(request.cache_salt, {})
-        self._successors.move_to_end(request.cache_salt)
-        while len(self._successors) > MAX_SALTS:
-            self._successors.popitem(last=False)
-        return successors

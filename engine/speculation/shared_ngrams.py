@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from core.request import Request
+from engine.speculation.fading_map import FadingMap
 
-MAX_ENTRIES = 1 << 20
-"""Of a generation; two are kept."""
-MAX_SALTS = 64
+MAX_ENTRIES = 1 << 18
+"""Runs, each with its next token; twice as many may be kept."""
 
 
 class SharedNgramProposer:
@@ -17,15 +16,14 @@ class SharedNgramProposer:
 
     For every run of `min_tokens` to `max_tokens` tokens it remembers what came after it last; the longest run that it
     knows counts. This is the trie of Lookahead (Zhao et al. 2023) with each path a key of its own: so what was not met
-    for long can go all at once, when a new generation begins.
+    for long is easily forgotten.
     """
 
     seconds_per_token = 0.0
 
     def __init__(self, min_tokens: int, max_tokens: int, max_entries: int = MAX_ENTRIES) -> None:
         self._sizes = range(max_tokens, min_tokens - 1, -1)
-        self._max_entries = max_entries
-        self._memories: OrderedDict[str, _Memory] = OrderedDict()
+        self._next: FadingMap[tuple[str, tuple[int, ...]], int] = FadingMap(max_entries)
         self._num_seen: dict[Request, int] = {}
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[list[int]]:
@@ -43,12 +41,12 @@ class SharedNgramProposer:
             del self._num_seen[request]
 
     def _guess(self, request: Request, num_tokens: int) -> list[int]:
-        memory, longest = self._memory(request.cache_salt), self._sizes[0]
+        salt, longest = request.cache_salt, self._sizes[0]
         tokens = request.token_ids(max(0, request.num_tokens - longest), request.num_tokens)
         num_known = len(tokens)
         while len(tokens) < num_known + num_tokens:
             runs = (tuple(tokens[-size:]) for size in self._sizes if size <= len(tokens))
-            token_id = next((found for run in runs if (found := memory.get(run)) is not None), None)
+            token_id = next((found for run in runs if (found := self._next.get((salt, run))) is not None), None)
             if token_id is None:
                 break
             tokens.append(token_id)
@@ -56,38 +54,12 @@ class SharedNgramProposer:
 
     def _read(self, request: Request) -> None:
         """Learn from what of the request was not seen yet."""
-        memory, longest = self._memory(request.cache_salt), self._sizes[0]
+        salt, longest = request.cache_salt, self._sizes[0]
         seen, known = self._num_seen.get(request, 0), request.num_tokens
         first = max(0, seen - longest)
         tokens = request.token_ids(first, known)
         for i in range(seen - first, known - first):
             for size in self._sizes:
                 if size <= i:
-                    memory.put(tuple(tokens[i - size : i]), tokens[i])
+                    self._next.put((salt, tuple(tokens[i - size : i])), tokens[i])
         self._num_seen[request] = known
-
-    def _memory(self, salt: str) -> _Memory:
-        """Of that salt; the one that was not used for longest gives way."""
-        memory = self._memories.setdefault(salt, _Memory(self._max_entries))
-        self._memories.move_to_end(salt)
-        while len(self._memories) > MAX_SALTS:
-            self._memories.popitem(last=False)
-        return memory
-
-
-class _Memory:
-    """Runs of tokens to what followed them last: at least the last `max_entries`, at most twice as many."""
-
-    def __init__(self, max_entries: int) -> None:
-        self._max_entries = max_entries
-        self._young: dict[tuple[int, ...], int] = {}
-        self._old: dict[tuple[int, ...], int] = {}
-
-    def get(self, run: tuple[int, ...]) -> int | None:
-        found = self._young.get(run)
-        return self._old.get(run) if found is None else found
-
-    def put(self, run: tuple[int, ...], token_id: int) -> None:
-        if len(self._young) >= self._max_entries and run not in self._young:
-            self._young, self._old = {}, self._young
-        self._young[run] = token_id

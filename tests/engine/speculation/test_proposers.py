@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from core.request import Request
 from core.sampling import SamplingParams
 from engine.config import EngineConfig, SpeculativeConfig
+from engine.speculation.fading_map import FadingMap
 from engine.speculation.methods import make_speculator
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.proposer import Proposer
@@ -122,6 +123,20 @@ def test_draws_are_not_recycled_across_salts() -> None:
     proposer = RecyclingProposer()
     proposer.learn(request([1], "one"), (1,), (2,))
     assert guess(proposer, [1], salt="two") == []
+
+
+# ---- what they remember
+
+
+@given(st.lists(st.integers(0, 30)), st.integers(1, 5))
+def test_the_last_keys_are_kept_and_no_more_than_twice_as_many(keys: list[int], max_entries: int) -> None:
+    fading: FadingMap[int, int] = FadingMap(max_entries)
+    for i, key in enumerate(keys):
+        fading.put(key, i)
+    latest = {key: i for i, key in enumerate(keys)}
+    assert len(fading) <= 2 * max_entries
+    assert all(fading.get(key) == latest[key] for key in sorted(latest, key=latest.__getitem__)[-max_entries:])
+    assert all(fading.get(key) in (None, i) for key, i in latest.items())
 
 
 # ---- configuration
