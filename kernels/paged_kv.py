@@ -6,10 +6,13 @@ a block table holds positions [i S, (i + 1) S) of its sequence.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels import memory
 
 
 class PagedKV(NamedTuple):
@@ -54,12 +57,19 @@ def empty_kv(
     num_blocks: int, num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> PagedKV:
     """A layer's cache, zeroed."""
-    k = torch.zeros(num_blocks, num_kv_heads, head_size, block_size, dtype=dtype, device=device)
-    v = torch.zeros(num_blocks, num_kv_heads, block_size, head_size, dtype=dtype, device=device)
+    k = zeros((num_blocks, num_kv_heads, head_size, block_size), dtype, device)
+    v = zeros((num_blocks, num_kv_heads, block_size, head_size), dtype, device)
     if dtype is not torch.int8:
         return PagedKV(k, v)
     k_scale, v_scale = torch.zeros(2, num_blocks, num_kv_heads, block_size, device=device)
     return PagedKV(k, v, k_scale, v_scale)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros; on CPU in huge pages where there are any."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return memory.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def token_views(kv: LayerKV) -> tuple[Tensor, ...]:

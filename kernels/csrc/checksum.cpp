@@ -3,6 +3,7 @@
 #include <array>
 #include <cstring>
 
+#include "checksum.h"
 #include "pool.h"
 
 namespace {
@@ -20,9 +21,10 @@ using Halves = uint32_t __attribute__((vector_size(4 * LANES)));
 using Sums = int64_t __attribute__((vector_size(8 * LANES)));
 
 // The high halves of the weights: splitmix64 (Steele, Lea & Flood, 2014) of the place in the chunk.
-const std::array<uint32_t, CHUNK>& high_halves() {
-    static const std::array<uint32_t, CHUNK> halves = [] {
-        std::array<uint32_t, CHUNK> made;
+// The last ones stand for words that are missing.
+const std::array<uint32_t, CHUNK + LANES>& high_halves() {
+    static const std::array<uint32_t, CHUNK + LANES> halves = [] {
+        std::array<uint32_t, CHUNK + LANES> made{};
         for (uint64_t j = 0; j < CHUNK; ++j) {
             uint64_t z = (j + 1) * GOLDEN;
             z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
@@ -81,13 +83,28 @@ ChunkSums sum_chunk(const char* data, int64_t num_bytes, const uint32_t* halves)
 
 }  // namespace
 
-extern "C" EXPORT uint64_t penstock_checksum(const char* data, int64_t num_bytes) {
+namespace checksum {
+
+uint64_t of_size(int64_t num_bytes) { return static_cast<uint64_t>(num_bytes) * GOLDEN; }
+
+uint64_t of_part(const char* data, int64_t offset, int64_t num_bytes) {
     const uint32_t* halves = high_halves().data();
-    uint64_t total = static_cast<uint64_t>(num_bytes) * GOLDEN;
-    for (int64_t start = 0, chunk = 0; start < num_bytes; start += 4 * CHUNK, ++chunk) {
-        const ChunkSums sums = sum_chunk(data + start, std::min(num_bytes - start, 4 * CHUNK), halves);
+    const int64_t end = offset + num_bytes;
+    uint64_t total = 0;
+    for (int64_t start = offset; start < end;) {
+        const int64_t chunk = start / (4 * CHUNK), first = start / 4 % CHUNK;
+        const int64_t size = std::min(end, (chunk + 1) * 4 * CHUNK) - start;
+        ChunkSums sums = sum_chunk(data + (start - offset), size, halves + first);
+        sums.weighted += sums.plain * 2 * static_cast<uint64_t>(first);
         const uint64_t place = static_cast<uint64_t>(chunk);
         total += sums.weighted * (1 + (GOLDEN * place << 32)) + sums.plain * (2 * CHUNK * place);
+        start += size;
     }
     return total;
+}
+
+}  // namespace checksum
+
+extern "C" EXPORT uint64_t penstock_checksum(const char* data, int64_t num_bytes) {
+    return checksum::of_size(num_bytes) + checksum::of_part(data, 0, num_bytes);
 }
