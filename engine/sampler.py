@@ -54,7 +54,10 @@ def sample(
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], nums_top: Sequence[int]) -> list[TokenLogprobs]:
     """Log-probabilities of one token a row, and of the best. logits: [R, V] float32; nums_top: how many best, [R]."""
-    num_top = min(max(nums_top), logits.shape[1])
+    vocab_size = logits.shape[1]
+    if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        raise IntegrityError(f"a token id is outside of the vocabulary, [0, {vocab_size})")
+    num_top = min(max(nums_top), vocab_size)
     values, ids, ranks = sampling.token_logprobs(logits.contiguous(), token_ids, num_top)
     return [
         TokenLogprobs(row_ids[0], row[0], rank, tuple(zip(row_ids[1 : 1 + num], row[1 : 1 + num], strict=True)))

@@ -72,11 +72,10 @@ class GrammarCompiler:
             )
         except (RuntimeError, ValueError) as error:
             return f"this model's tokenizer can't serve one: {error}"
-        if message := LLMatcher.validate_grammar(grammar, self._tokenizer):
-            return " ".join(message.split())
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        possible = not matcher.is_error() and any(matcher.compute_bitmask())
-        return "" if possible else f"no text fits it {matcher.get_error()}".strip()
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)  # lets other threads run meanwhile
+        if matcher.is_error():
+            return " ".join(matcher.get_error().split())
+        return "" if any(matcher.compute_bitmask()) else "no text fits it"
 
 
 def _grammar(structure: Structure) -> str:

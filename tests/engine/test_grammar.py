@@ -141,6 +141,7 @@ def test_a_request_whose_grammar_breaks_fails_alone(engine: Engine) -> None:
     assert "grammar" in result.drawn["broken"].failure
     assert [output.request for output in engine.scheduler.update(plan, result)] == [sound]
     assert engine.scheduler.requests.keys() == {"sound"}
+    engine.scheduler.check_integrity()
     engine.scheduler.release("sound")
 
 

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.errors import IntegrityError
 from core.logprobs import TokenLogprobs
 from core.sampling import SamplingParams
 from engine.plan import PlanEntry
 from engine.sampler import sample as sample_entries
+from engine.sampler import token_logprobs
 
 
 def sample(logits: torch.Tensor, entries: list[PlanEntry]) -> list[int]:
@@ -233,6 +235,14 @@ def test_log_probabilities_are_those_of_the_model(device: torch.device) -> None:
     assert told.logprob == pytest.approx(expected[0, 4].item(), abs=1e-5)
     assert told.rank == 1 + (expected[0] > expected[0, 4]).sum().item()
     assert [token for token, _ in told.top] == expected[0].argsort(descending=True)[:3].tolist()
+
+
+def test_a_token_outside_of_the_vocabulary_is_an_error_and_no_read_of_foreign_memory(device: torch.device) -> None:
+    logits = torch.zeros(1, VOCAB, device=device)
+    with pytest.raises(IntegrityError, match="outside of the vocabulary"):
+        token_logprobs(logits, [VOCAB], [0])
+    with pytest.raises(IntegrityError, match="outside of the vocabulary"):
+        sample(logits, [entry(10, 1, [3, VOCAB, 4], repetition_penalty=2.0)])
 
 
 parameters = st.fixed_dictionaries(
