@@ -62,18 +62,13 @@ inline void multiply_values(const float* weights, int64_t width, const typename 
         const int64_t to_next = ahead[start / LANES] - values[start / LANES];
         const int64_t end = start + LANES < count ? start + LANES : count;
         for (int64_t i = start; i < end; ++i, row += stride) {
-            vf elements[N];
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) {
-                elements[n] = T::load16(row + n * LANES);
-                keep(elements[n]);
+            for (int n = 0; n < N; ++n) {  // vector by vector: an array of them would go through memory
+                vf elements = T::load16(row + n * LANES);
+                keep(elements);
                 _mm_prefetch(row + to_next + n * LANES, _MM_HINT_T1);
-            }
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r) {
-                const vf weight = set1(weights[r * width + i]);
-#pragma GCC unroll 8
-                for (int n = 0; n < N; ++n) sums[r][n] = fma(weight, elements[n], sums[r][n]);
+                for (int r = 0; r < ROWS; ++r) sums[r][n] = fma(elements, set1(weights[r * width + i]), sums[r][n]);
             }
         }
     }

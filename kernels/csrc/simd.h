@@ -125,23 +125,29 @@ inline vf select_greater(vf a, vf b, vf then, vf otherwise) {
 
 #endif
 
-// Lanes added up in one fixed order: by halves.
+#if defined(__AVX512F__)
+inline __m256 low_half(vf x) { return _mm512_castps512_ps256(x); }
+inline __m256 high_half(vf x) { return _mm512_extractf32x8_ps(x, 1); }
+#else
+inline __m256 low_half(vf x) { return x.lo; }
+inline __m256 high_half(vf x) { return x.hi; }
+#endif
+
+// Lanes put together by halves, always in this order: sixteen, eight, four, two.
+template <class Op256, class Op128>
+inline float fold_lanes(vf x, Op256 wide, Op128 narrow) {
+    const __m256 eight = wide(low_half(x), high_half(x));
+    __m128 four = narrow(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = narrow(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(narrow(four, _mm_shuffle_ps(four, four, 1)));
+}
+
 inline float sum_lanes(vf x) {
-    alignas(64) float lanes[LANES];
-    store(lanes, x);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
+    return fold_lanes(x, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); }, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
 }
 
 inline float max_lanes(vf x) {
-    alignas(64) float lanes[LANES];
-    store(lanes, x);
-#pragma GCC unroll 4
-    for (int width = LANES / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < width; ++i) lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
-    return lanes[0];
+    return fold_lanes(x, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); }, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
 }
 
 // e^x to about one unit in the last place. Below -87.3 it is 0; x above 88.7 is taken as 88.7. x = n ln 2 + r with
