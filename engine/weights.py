@@ -13,7 +13,7 @@ from torch import Tensor
 from core.errors import CheckpointError
 from engine.checkpoint import Checkpoint
 from engine.model_config import LatentConfig, ModelConfig
-from engine.packed_weights import unpack_weight
+from engine.packed_weights import StoredPart, unpack_weight
 from engine.parameters import (
     HeadsSources,
     LatentSources,
@@ -24,6 +24,7 @@ from engine.parameters import (
     layer_sources,
     model_sources,
 )
+from engine.reordered import ReorderedGatedLinear, ReorderedLinear, ReorderedWeight
 from engine.tensor_check import check_tensors, stored_scheme, superfluous_biases
 from engine.tensor_files import TensorFiles
 from kernels.experts import Experts, make_experts
@@ -191,7 +192,7 @@ class _Loader:
     def _absorbed(self, source: Source, latent: LatentConfig) -> tuple[tuple[Linear, ...], tuple[Linear, ...]]:
         """As floats: what is rounded row by row for K would be rounded column by column for Q."""
         part = self._part(source)
-        weight = part.dequantize() if isinstance(part, QuantizedWeight) else part
+        weight = part if isinstance(part, Tensor) else part.dequantize()
         heads = weight.view(self._config.num_heads, latent.nope_size + latent.v_size, latent.kv_rank)
         precision = self._float_precision()
         return (
@@ -200,9 +201,11 @@ class _Loader:
         )
 
     def _mlp(self, sources: MLPSources) -> MLPWeights:
-        gate, up = _uniform([self._part(sources.gate.weights[0]), self._part(sources.up.weights[0])])
+        (gate, up), order = _uniform([self._part(sources.gate.weights[0]), self._part(sources.up.weights[0])])
         precision, activation = self._storage.precision, self._config.activation
         gate_up = make_gated_linear(gate, up, None, None, precision, activation)
+        if order is not None:
+            gate_up = ReorderedGatedLinear(gate_up, order)
         self._files.release_pages()
         return MLPWeights(gate_up, self._linear(sources.down))
 
@@ -214,14 +217,14 @@ class _Loader:
             if e not in at_hand:
                 self._files.release_pages()
                 at_hand.clear()
-                at_hand[e] = _uniform(
+                at_hand[e] = _in_own_order(
                     [self._part(sources.experts[e].gate.weights[0]), self._part(sources.experts[e].up.weights[0])]
                 )
             return at_hand[e]
 
         def down(e: int) -> WeightPart:
             self._files.release_pages()
-            return self._part(sources.experts[e].down.weights[0])
+            return _in_own_order([self._part(sources.experts[e].down.weights[0])])[0]
 
         experts = make_experts(
             _OneByOne(num_experts, lambda e: gate_up(e)[0]),
@@ -244,12 +247,12 @@ class _Loader:
         return [self._vector(bias, self._storage.dtype) for linear in linears for bias in linear.biases] or None
 
     def _linear(self, sources: LinearSources, precision: Precision | None = None) -> Linear:
-        parts = _uniform([self._part(source) for source in sources.weights])
+        parts, order = _uniform([self._part(source) for source in sources.weights])
         dtype = torch.float32 if precision == "float32" else self._storage.dtype
         biases = [self._vector(source, dtype) for source in sources.biases]
         linear = make_linear(parts, torch.cat(biases) if biases else None, precision or self._storage.precision)
         self._files.release_pages()
-        return linear
+        return linear if order is None else ReorderedLinear(linear, order)
 
     def _float_precision(self) -> Precision:
         return self._storage.precision if self._storage.precision not in ("int8", "int4") else "float32"
@@ -265,7 +268,7 @@ class _Loader:
         vector = _rows(_expert(self._files.read(source.name), source), source.rows)
         return vector.to(self._storage.device, dtype, copy=True)
 
-    def _part(self, source: Source) -> WeightPart:
+    def _part(self, source: Source) -> StoredPart:
         """A weight, or rows of it: on CPU a view into the file where it is stored as floats."""
         scheme = stored_scheme(self._checkpoint, self._config, source)
         if scheme is None:
@@ -278,12 +281,11 @@ class _Loader:
         }
         return self._place(_part_rows(unpack_weight(scheme, stored), source.rows))
 
-    def _place(self, part: WeightPart) -> WeightPart:
-        device = self._storage.device
-        if isinstance(part, Tensor):
-            return part.to(device)
-        zeros = None if part.zeros is None else part.zeros.to(device)
-        return replace(part, codes=part.codes.to(device), scales=part.scales.to(device), zeros=zeros)
+    def _place(self, part: StoredPart) -> StoredPart:
+        placed = _map(part, lambda tensor: tensor.to(self._storage.device))
+        if isinstance(placed, ReorderedWeight):
+            return replace(placed, order=placed.order.to(self._storage.device))
+        return placed
 
 
 def _expert(tensor: Tensor, source: Source) -> Tensor:
@@ -296,20 +298,41 @@ def _rows(tensor: Tensor, rows: slice | tuple[int, ...] | None) -> Tensor:
     return tensor[rows] if isinstance(rows, slice) else tensor[list(rows)]
 
 
-def _part_rows(part: WeightPart, rows: slice | tuple[int, ...] | None) -> WeightPart:
+def _part_rows(part: StoredPart, rows: slice | tuple[int, ...] | None) -> StoredPart:
+    return _map(part, lambda tensor: _rows(tensor, rows))
+
+
+def _map(part: StoredPart, change: Callable[[Tensor], Tensor]) -> StoredPart:
+    """The same change to all that has a row for each of the weight's."""
     if isinstance(part, Tensor):
-        return _rows(part, rows)
-    zeros = None if part.zeros is None else _rows(part.zeros, rows)
-    return replace(part, codes=_rows(part.codes, rows), scales=_rows(part.scales, rows), zeros=zeros)
+        return change(part)
+    if isinstance(part, ReorderedWeight):
+        return replace(part, weight=_map_codes(part.weight, change))
+    return _map_codes(part, change)
 
 
-def _uniform(parts: Sequence[WeightPart]) -> list[WeightPart]:
-    """Parts of one layer, which must be codes of one kind; floats where they are not."""
-    codes = [part for part in parts if isinstance(part, QuantizedWeight)]
-    kinds = {(part.num_bits, part.group_size, part.zeros is None) for part in codes}
-    if len(codes) == len(parts) and len(kinds) == 1:
-        return list(parts)
-    return [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
+def _map_codes(codes: QuantizedWeight, change: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+    zeros = None if codes.zeros is None else change(codes.zeros)
+    return replace(codes, codes=change(codes.codes), scales=change(codes.scales), zeros=zeros)
+
+
+def _uniform(parts: Sequence[StoredPart]) -> tuple[list[WeightPart], Tensor | None]:
+    """Parts of one layer, codes of one kind or else floats, and the order of their columns."""
+    orders = [part.order for part in parts if isinstance(part, ReorderedWeight)]
+    ordered = len(orders) == len(parts) and all(torch.equal(order, orders[0]) for order in orders)
+    codes = [part.weight if isinstance(part, ReorderedWeight) else part for part in parts]
+    kinds = {
+        (part.num_bits, part.group_size, part.zeros is None) for part in codes if isinstance(part, QuantizedWeight)
+    }
+    in_codes = all(isinstance(part, QuantizedWeight) for part in codes) and len(kinds) == 1
+    if in_codes and (ordered or not orders):
+        return codes, orders[0] if orders else None
+    return [part if isinstance(part, Tensor) else part.dequantize() for part in parts], None
+
+
+def _in_own_order(parts: Sequence[StoredPart]) -> list[WeightPart]:
+    """The same for layers that can't reorder their input."""
+    return _uniform([part.dequantize() if isinstance(part, ReorderedWeight) else part for part in parts])[0]
 
 
 class _OneByOne(Sequence[WeightPart]):

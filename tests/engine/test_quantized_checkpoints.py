@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.model_config import ModelConfig
 from engine.packed_weights import unpack_weight
 from engine.quantization import Scheme
+from engine.reordered import ReorderedWeight
 from kernels.quantize import QuantizedWeight
 from tests.engine.model_logits import logits_of
 
@@ -104,7 +105,7 @@ class Layout:
     group_size: int | None
     num_bits: int = 4
     symmetric: bool = True
-    mixed_groups: bool = False
+    mixed_groups: Literal["", "alike", "by layer"] = ""
     floats: tuple[str, ...] = ()
     """Layers that stay as they are."""
 
@@ -146,7 +147,7 @@ LAYOUTS = {
         lambda c: gptq(c, 4, 1),
         Scheme("gptq", 4, 16, True, zeros_less_one=True),
         16,
-        mixed_groups=True,
+        mixed_groups="alike",
     ),
     "awq": Layout(
         {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True},
@@ -171,7 +172,7 @@ LAYOUTS = {
         lambda c: packed(c, 4, groups=True),
         Scheme("packed", 4, 16, has_group_index=True),
         16,
-        mixed_groups=True,
+        mixed_groups="by layer",
     ),
     "W8A16": Layout(
         compressed({"num_bits": 8, "strategy": "group", "group_size": 32}),
@@ -207,7 +208,9 @@ def make_codes(layout: Layout, shape: tuple[int, int], seed: int) -> Codes:
     codes[:, 0] = 2 * middle - 1
     groups = torch.arange(num_columns, dtype=torch.int32) // size
     if layout.mixed_groups:
-        groups = groups[torch.randperm(num_columns, generator=generator)]
+        shared = torch.Generator().manual_seed(num_columns)
+        order = torch.randperm(num_columns, generator=shared if layout.mixed_groups == "alike" else generator)
+        groups = groups[order]
     zeros = torch.full((num_rows, num_groups), middle)
     if not layout.symmetric:
         zeros = torch.randint(0, 2 * middle, zeros.shape, generator=generator)
@@ -224,8 +227,8 @@ def test_a_layout_stands_for_exactly_the_weights_it_was_written_from(name: str) 
         key: shape for key, (shape, _) in layout.scheme.stored("m", (48, 64)).items()
     }
     part = unpack_weight(layout.scheme, stored)
-    assert isinstance(part, QuantizedWeight) != layout.mixed_groups
-    assert torch.equal(part.dequantize() if isinstance(part, QuantizedWeight) else part, codes.weight)
+    assert isinstance(part, ReorderedWeight if layout.mixed_groups else QuantizedWeight)
+    assert torch.equal(part.dequantize(), codes.weight)
 
 
 @dataclass(frozen=True)
