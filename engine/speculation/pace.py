@@ -54,11 +54,14 @@ class StepCost:
 
 
 class Pace:
-    """Of one request: how often its guesses are right, and so how many of them pay."""
+    """Of one request: how often its guesses are right, and so how many of them pay.
 
-    def __init__(self) -> None:
-        self.rate = FIRST_RATE
-        self._num_idle = 0
+    `rate` is what is expected of it at first. If that is too little, it may still prove the contrary at once.
+    """
+
+    def __init__(self, rate: float = FIRST_RATE) -> None:
+        self.rate = rate
+        self._num_idle = PROBE_INTERVAL - 1
 
     def observe(self, num_guesses: int, num_right: int) -> None:
         """Guesses behind the first wrong one were not put to the test."""

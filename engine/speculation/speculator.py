@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from core.request import Request
 from engine.plan import Drawn, PlanEntry, StepResult
-from engine.speculation.pace import Pace, StepCost
+from engine.speculation.pace import FIRST_RATE, Pace, StepCost
 from engine.speculation.proposer import Proposer
 
 FADE = 0.9
-"""Weight of a step against the one after it, in tokens per second."""
+"""Weight of a step against the one after it, in tokens per second, and of a request's rate against others'."""
 
 
 class DraftCounts(NamedTuple):
@@ -38,8 +38,9 @@ class Speculator:
 
     **Worth it.** One row more costs time, as measured, and in that time other rows would give tokens, as measured too.
     So a guess is made while the chance that it and all before it are right is greater than the number of those tokens.
-    Chances are measured request by request. Where none is great enough nothing is guessed, but for a probe now and
-    then; where all steps have guesses, one now and then has none, to see what that costs.
+    Chances are measured request by request, and a new one is taken for one like those before it. Where none is great
+    enough nothing is guessed, but for a probe now and then; where all steps have guesses, one now and then has none, to
+    see what that costs.
     """
 
     def __init__(self, proposer: Proposer, max_tokens: int) -> None:
@@ -47,6 +48,7 @@ class Speculator:
         self._proposer, self.max_tokens = proposer, max_tokens
         self._paces: dict[Request, Pace] = {}
         self._cost = StepCost()
+        self._rate = FIRST_RATE  # of requests of late
         self._tokens_per_second = 0.0
         self._drafted = False  # in the last step that was timed
         self._counts = DraftCounts()
@@ -62,7 +64,7 @@ class Speculator:
         least_chance, asked = self._least_chance, []
         for request, limit in wanted:
             if (pace := self._paces.get(request)) is None:
-                pace = self._paces[request] = Pace()
+                pace = self._paces[request] = Pace(self._rate)
             num_tokens = pace.length(least_chance, min(limit, self.max_tokens, budget))
             budget -= num_tokens
             asked.append(num_tokens)
@@ -93,7 +95,9 @@ class Speculator:
         if entry.num_drafts:
             num_right = len(drawn.token_ids) - 1
             self._counts = self._counts.plus(entry.num_drafts, num_right)
-            self._paces[request].observe(entry.num_drafts, num_right)
+            pace = self._paces[request]
+            pace.observe(entry.num_drafts, num_right)
+            self._rate += (1 - FADE) * (pace.rate - self._rate)
 
     def _time(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """A step took that long in which requests do nothing but decode."""
