@@ -31,6 +31,7 @@ from core.messages import (
     Reserve,
     Reserved,
     RouterHello,
+    SequenceTokens,
     StepTokens,
     Work,
     WorkerHello,
@@ -235,20 +236,7 @@ def _event(event: Event) -> worker_pb2.Event:
         case Released(key, _):
             return worker_pb2.Event(released=_released(event, key))
         case StepTokens(sequences):
-            return worker_pb2.Event(
-                tokens=worker_pb2.StepTokens(
-                    sequences=[
-                        worker_pb2.SequenceTokens(
-                            transfer_id=s.key[0],
-                            attempt=s.key[1],
-                            token_ids=s.token_ids,
-                            finish=_FINISH[s.finish],
-                            logprobs=map(_logprobs, s.logprobs),
-                        )
-                        for s in sequences
-                    ]
-                )
-            )
+            return worker_pb2.Event(tokens=worker_pb2.StepTokens(sequences=map(_sequence, sequences)))
         case AttemptFailed((transfer_id, attempt), reason, message):
             failed = worker_pb2.AttemptFailed(transfer_id=transfer_id, attempt=attempt, reason=reason, message=message)
             return worker_pb2.Event(failed=failed)
@@ -257,6 +245,17 @@ def _event(event: Event) -> worker_pb2.Event:
             return worker_pb2.Event(cache_changed=changed)
         case Drained():
             return worker_pb2.Event(drained=worker_pb2.Drained())
+
+
+def _sequence(tokens: SequenceTokens) -> worker_pb2.SequenceTokens:
+    transfer_id, attempt = tokens.key
+    return worker_pb2.SequenceTokens(
+        transfer_id=transfer_id,
+        attempt=attempt,
+        token_ids=tokens.token_ids,
+        finish=_FINISH[tokens.finish],
+        logprobs=map(_logprobs, tokens.logprobs),
+    )
 
 
 def _prefilled(event: Prefilled) -> worker_pb2.Prefilled:
