@@ -125,15 +125,25 @@ struct LatentSource {
         Chunk<F32> chunk(first, end, LANES, padded(key_size));
         scratch.open(key_size, chunk.value_stride);
         for (int b = 0; b < chunk.num_blocks; ++b) {
-            const int64_t start = first + b * LANES;
-            for (int64_t p = start; p < std::min(start + LANES, end); ++p) {
-                float* row = scratch.values(b) + (p - start) * chunk.value_stride;
-                convert_row<T>(latent + (table[p / block_size] * block_size + p % block_size) * key_size, key_size, row);
-                for (int64_t d = 0; d < key_size; ++d) scratch.keys(b)[d * LANES + p - start] = row[d];
+            const int64_t start = first + b * LANES, count = std::min<int64_t>(LANES, end - start);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t place = table[(start + i) / block_size] * block_size + (start + i) % block_size;
+                convert_row<T>(latent + place * key_size, key_size, scratch.values(b) + i * chunk.value_stride);
             }
+            turn(scratch.values(b), chunk.value_stride, count, scratch.keys(b));
             chunk.keys[b] = chunk.keys_ahead[b] = scratch.keys(b);
             chunk.values[b] = chunk.values_ahead[b] = scratch.values(b);
         }
         rows.see(chunk);
+    }
+
+  private:
+    // Rows [count, D] to columns [D, 16], a few of them at a time: what is written stays in the nearest cache.
+    void turn(const float* rows, int64_t stride, int64_t count, float* columns) const {
+        constexpr int64_t COLUMNS_AT_ONCE = 64;
+        for (int64_t start = 0; start < key_size; start += COLUMNS_AT_ONCE)
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t d = start; d < std::min(start + COLUMNS_AT_ONCE, key_size); ++d)
+                    columns[d * LANES + i] = rows[i * stride + d];
     }
 };
