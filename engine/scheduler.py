@@ -11,6 +11,7 @@ from core.errors import ConfigError, IntegrityError, InvalidRequestError
 from core.request import Request, RequestState
 from engine.block_pool import BlockPool
 from engine.plan import Drawn, Plan, PlanEntry, StepOutput, StepResult
+from engine.soundness import allowed_blocks
 from engine.speculation.speculator import DraftCounts, Speculator
 
 _NOTHING = Plan(entries=())
@@ -204,10 +205,15 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """`IntegrityError` where requests, queue, and blocks don't agree."""
+        max_drafts = self._speculator.max_tokens if self._speculator is not None else 0
         for request_id, request in self._requests.items():
-            if request.request_id != request_id or not self._is_sound(request):
+            num_blocks, prefill_only = len(self._pool.table(request_id)), request_id in self._prefill_only
+            allowed = allowed_blocks(
+                request, self._pool.num_blocks_for, prefill_only=prefill_only, max_drafts=max_drafts
+            )
+            if request.request_id != request_id or num_blocks not in allowed:
                 raise IntegrityError(
-                    f"request {request_id}, {request.state.name}: {len(self._pool.table(request_id))} blocks for "
+                    f"request {request_id}, {request.state.name}: {num_blocks} blocks for "
                     f"{request.num_computed_tokens} computed of {request.num_tokens} tokens"
                 )
         if sorted(map(id, self._waiting)) != sorted(map(id, self._in_state(RequestState.WAITING))):
@@ -224,27 +230,6 @@ class Scheduler:
         if self._pool.num_retired_blocks and not self._plan:
             raise IntegrityError("blocks are retired between two steps")
         self._pool.check_integrity(self._requests.keys())
-
-    def _is_sound(self, request: Request) -> bool:
-        """Whether the request's progress and blocks are such as its state allows."""
-        computed, known, num_prompt = request.num_computed_tokens, request.num_tokens, len(request.prompt_token_ids)
-        num_blocks, blocks_for = len(self._pool.table(request.request_id)), self._pool.num_blocks_for
-        match request.state:
-            case RequestState.WAITING:
-                return computed == num_blocks == 0
-            case RequestState.RUNNING if known - computed > 1:
-                return computed >= 0 and num_blocks == blocks_for(known + 1)
-            case RequestState.RUNNING:
-                max_drafts = self._speculator.max_tokens if self._speculator is not None else 0
-                most = blocks_for(known + 1 + max_drafts)
-                return computed == known - 1 and blocks_for(computed) <= num_blocks <= most
-            case RequestState.HELD if request.request_id in self._prefill_only:
-                return computed == num_prompt == known - 1 and num_blocks == blocks_for(known)
-            case RequestState.HELD:
-                there = computed == (request.num_cached_tokens or 0) < known == num_prompt
-                return there and num_blocks == blocks_for(known + 1)
-            case RequestState.FINISHED:
-                return False
 
     def _enter(self, request: Request) -> None:
         self._requests[request.request_id] = request
