@@ -112,6 +112,7 @@ def _layout(wire: worker_pb2.KVLayout) -> KVLayout:
         wire.block_size,
         wire.dtype,
         wire.kind,
+        wire.weights,
     )
 
 
@@ -179,6 +180,7 @@ def worker_hello_message(hello: WorkerHello) -> worker_pb2.WorkerMessage:
                 block_size=layout.block_size,
                 dtype=layout.dtype,
                 kind=layout.kind,
+                weights=layout.weights,
             ),
             credits=hello.credits,
             num_blocks=hello.num_blocks,

@@ -14,7 +14,8 @@ class KVLayout:
 
     `dtype` is what the cache holds; "int8" has a float32 scale for each vector. `kind` says of what: "heads" is K and V
     of each KV head; "latent" the one vector a token that all heads share (MLA), so that `num_kv_heads` is 1, and
-    `head_size` counts the compressed and the rotary part.
+    `head_size` counts the compressed and the rotary part. `weights` is the precision that the model computes in: other
+    roundings give other K and V.
     """
 
     model: str
@@ -25,6 +26,7 @@ class KVLayout:
     block_size: int
     dtype: str
     kind: str = "heads"
+    weights: str = "float32"
 
     @property
     def bytes_per_cell(self) -> int:
@@ -43,7 +45,7 @@ class KVLayout:
     @property
     def contents(self) -> str:
         """What K and V depend on beside the tokens, shapes aside: the `model` of `core.block_hash.root_hash`."""
-        return f"{self.fingerprint} {self.dtype}"
+        return f"{self.fingerprint} {self.weights} {self.dtype}"
 
     def mismatch(self, other: KVLayout) -> str | None:
         """Why KV of `self` can't be used as KV of `other`, or None where it can.

@@ -33,6 +33,7 @@ def load_model(path: str | Path, config: EngineConfig) -> LoadedModel:
     latent, limit, device = model_config.latent, model_config.max_model_len(config.max_model_len), _device(config)
     own_dtype = "float32" if device.type == "cpu" else model_config.dtype
     dtype = own_dtype if config.dtype == "auto" else config.dtype
+    weights_in = _storage(config, dtype, device)
     layout = KVLayout(
         model=Path(path).resolve().name,
         fingerprint=Checkpoint.open(path).fingerprint(),
@@ -42,8 +43,8 @@ def load_model(path: str | Path, config: EngineConfig) -> LoadedModel:
         block_size=config.block_size,
         dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         kind="heads" if latent is None else "latent",
+        weights=weights_in.precision,
     )
-    weights_in = _storage(config, dtype, device)
     model = Model(model_config, load_weights(path, model_config, weights_in), weights_in, limit)
     return LoadedModel(model_config, layout, model, device, limit)
 

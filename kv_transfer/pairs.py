@@ -243,5 +243,6 @@ class Pairs:
             layout.head_size,
             layout.dtype,
             layout.kind,
+            layout.weights,
         )
         return hashlib.blake2b("\n".join(map(str, names)).encode(), digest_size=16).digest()

@@ -55,6 +55,7 @@ def layout_to_wire(layout: KVLayout) -> pb.KVLayout:
         block_size=layout.block_size,
         dtype=layout.dtype,
         kind=layout.kind,
+        weights=layout.weights,
     )
 
 

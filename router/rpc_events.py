@@ -102,6 +102,7 @@ def _layout(layout: pb.KVLayout) -> KVLayout:
         block_size=layout.block_size,
         dtype=layout.dtype,
         kind=layout.kind,
+        weights=layout.weights,
     )
 
 

@@ -18,6 +18,7 @@ LAYOUT = KVLayout("m", "f" * 8, num_layers=4, num_kv_heads=2, head_size=64, bloc
         ("head_size", 32),
         ("dtype", "int8"),
         ("kind", "latent"),
+        ("weights", "int8"),
     ],
 )
 def test_a_difference_that_matters_is_named_with_both_values(field: str, value: object) -> None:

@@ -197,3 +197,12 @@ def test_a_failed_step_leaves_nothing_behind(folder: Path, config: EngineConfig)
     engine.scheduler.check_integrity()
     assert engine.pool.num_free_blocks == engine.pool.num_blocks
     assert len(run(engine, request("b"))[0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"), [({}, "float32"), ({"quantization": "int8"}, "int8"), ({"dtype": "bfloat16"}, "bfloat16")]
+)
+def test_the_layout_says_what_the_model_computes_in(folder: Path, options: dict[str, Any], weights: str) -> None:
+    """Workers that round differently must not pair: a resumed stream would go on differently."""
+    engine = Engine.from_checkpoint(folder, EngineConfig(num_blocks=4, device="cpu", **options))
+    assert engine.layout.weights == weights

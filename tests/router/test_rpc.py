@@ -83,9 +83,17 @@ WIRE_RECORD = pb.CommitRecord(
     num_skipped_tokens=11,
     skipped_prefix_hash=b"hash",
 )
-LAYOUT = KVLayout("m", "f", 1, 2, 3, 4, "float16", "latent")
+LAYOUT = KVLayout("m", "f", 1, 2, 3, 4, "float16", "latent", "int8")
 WIRE_LAYOUT = pb.KVLayout(
-    model="m", fingerprint="f", num_layers=1, num_kv_heads=2, head_size=3, block_size=4, dtype="float16", kind="latent"
+    model="m",
+    fingerprint="f",
+    num_layers=1,
+    num_kv_heads=2,
+    head_size=3,
+    block_size=4,
+    dtype="float16",
+    kind="latent",
+    weights="int8",
 )
 
 COMMANDS: list[tuple[Command, pb.Command]] = [

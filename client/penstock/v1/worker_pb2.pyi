@@ -207,6 +207,7 @@ class KVLayout(google.protobuf.message.Message):
     BLOCK_SIZE_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
     model: builtins.str
     fingerprint: builtins.str
     """of config and weights"""
@@ -218,6 +219,8 @@ class KVLayout(google.protobuf.message.Message):
     """float32, bfloat16, float16, or int8 with a float32 scale for each vector"""
     kind: builtins.str
     """heads: K and V of each KV head; latent: one vector of head_size a token"""
+    weights: builtins.str
+    """precision of the weights: float32, bfloat16, float16, int8 or int4"""
     def __init__(
         self,
         *,
@@ -229,8 +232,9 @@ class KVLayout(google.protobuf.message.Message):
         block_size: builtins.int = ...,
         dtype: builtins.str = ...,
         kind: builtins.str = ...,
+        weights: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "dtype", b"dtype", "fingerprint", b"fingerprint", "head_size", b"head_size", "kind", b"kind", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "dtype", b"dtype", "fingerprint", b"fingerprint", "head_size", b"head_size", "kind", b"kind", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "weights", b"weights"]) -> None: ...
 
 Global___KVLayout: typing_extensions.TypeAlias = KVLayout
 
