@@ -15,6 +15,7 @@ TESTS = (
     "checksum",
     "elementwise",
     "experts",
+    "kv_wire",
     "linear",
     "mla",
     "moe",
