@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+WireDtype = Literal["auto", "int8"]
+"""How K and V travel from worker to worker: as the cache holds them, or rounded."""
+WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _SCALE_BYTES = {"float32": 0, "bfloat16": 0, "float16": 0, "int8": 4}
@@ -46,6 +51,14 @@ class KVLayout:
     def contents(self) -> str:
         """What K and V depend on beside the tokens, shapes aside: the `model` of `core.block_hash.root_hash`."""
         return f"{self.fingerprint} {self.weights} {self.dtype}"
+
+    def on_wire(self, dtype: WireDtype) -> KVLayout:
+        """What travels: with "int8", K and V of a float cache get a scale for each vector, as in an int8 cache.
+
+        The latent vectors of MLA are never rounded: one scale would hide their small compressed part behind the rotary
+        one.
+        """
+        return replace(self, dtype=dtype) if dtype == "int8" and self.kind == "heads" else self
 
     def mismatch(self, other: KVLayout) -> str | None:
         """Why KV of `self` can't be used as KV of `other`, or None where it can.

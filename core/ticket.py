@@ -7,13 +7,18 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from core.kv_layout import WireDtype
+
 AttemptKey = tuple[str, int]
 """`(transfer_id, attempt)`: what makes a command idempotent and a late message recognisable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Minted by the router for one attempt at one request on one pair. Equal incarnations mean: no transfer."""
+    """Minted by the router for one attempt at one request on one pair. Equal incarnations mean: no transfer.
+
+    `kv_wire_dtype` says how K and V travel, so that both sides need no settings of their own that could differ.
+    """
 
     request_id: str
     attempt: int
@@ -21,6 +26,7 @@ class Ticket:
     prefill_incarnation: str
     decode_incarnation: str
     pair_epoch: int
+    kv_wire_dtype: WireDtype = "auto"
 
     @property
     def key(self) -> AttemptKey:
@@ -39,7 +45,10 @@ def engine_id(key: AttemptKey) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What one layer caches for a range of KV heads and of token positions. Its payload is as `KVStorage` reads it."""
+    """What one layer caches for a range of KV heads and of token positions.
+
+    Its payload is as `KVStorage` reads it, or rounded (`kv_transfer.wire`).
+    """
 
     layer: int
     kv_head_start: int
@@ -57,7 +66,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class SegmentRecord:
-    """A segment as it left: bytes, and the checksum of its payload (`kernels.checksum`)."""
+    """A segment as it left: its bytes on the wire, and the checksum of these (`kernels.checksum`)."""
 
     segment: Segment
     num_bytes: int

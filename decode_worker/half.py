@@ -138,7 +138,10 @@ class DecodeHalf:
 
 
 def _attempt(command: Reserve | Prefill, token_ids: list[int], emit: Emit) -> _Attempt:
-    work = command.work
-    name = engine_id(command.ticket.key)
-    request = Request(name, token_ids, work.sampling, work.num_prompt_tokens, cache_salt=work.cache_salt)
-    return _Attempt(command.ticket, request, emit)
+    """What came rounded is never found by a request whose K and V must be exact: it goes under a salt of its own."""
+    ticket, work = command.ticket, command.work
+    exact = ticket.local or ticket.kv_wire_dtype == "auto"
+    salt = work.cache_salt if exact else f"{ticket.kv_wire_dtype}\0{work.cache_salt}"
+    name = engine_id(ticket.key)
+    request = Request(name, token_ids, work.sampling, work.num_prompt_tokens, cache_salt=salt)
+    return _Attempt(ticket, request, emit)

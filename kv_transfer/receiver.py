@@ -20,6 +20,7 @@ from kv_transfer.frame import Entry
 from kv_transfer.ownership import Holding, Ledger, ReceiveState
 from kv_transfer.pairs import PairKey, Pairs
 from kv_transfer.reshard import ReshardPlan
+from kv_transfer.wire import from_wire
 
 _WAITING = (ReceiveState.RESERVED, ReceiveState.ACCEPTED)
 
@@ -201,17 +202,18 @@ class KVReceiver:
 
     def _take(self, receiving: _Receiving, record: SegmentRecord, payload: Tensor, arrived: int) -> None:
         """Verify a segment, then write it into the blocks."""
-        segment, layout = record.segment, self._storage.layout
+        segment, cache, wire_dtype = record.segment, self._storage.layout, receiving.holding.ticket.kv_wire_dtype
         if arrived != record.checksum:
             raise TransferError("checksum_mismatch", f"{segment} arrived damaged")
         in_place = len(receiving.skipped_prefix) <= segment.token_start < segment.token_end <= receiving.num_tokens
-        num_bytes = segment.num_cells * layout.bytes_per_cell
+        num_bytes = segment.num_cells * cache.on_wire(wire_dtype).bytes_per_cell
         if not (self._plan.expects(segment) and in_place and payload.numel() == num_bytes):
             raise TransferError("unexpected_segment", f"{segment} of {payload.numel()} bytes does not fit")
         if segment in receiving.received:
             raise TransferError("duplicate_segment", f"{segment} came twice")
         tokens, heads = (segment.token_start, segment.token_end), (segment.kv_head_start, segment.kv_head_end)
-        self._storage.write(segment.layer, receiving.block_ids, *tokens, payload, heads)
+        held = from_wire(payload, cache, wire_dtype)
+        self._storage.write(segment.layer, receiving.block_ids, *tokens, held, heads)
         if self._storage.device.type == "cuda":  # staging is used again, and decode may read on another stream
             torch.cuda.current_stream(self._storage.device).synchronize()
         receiving.received[segment] = record

@@ -20,6 +20,7 @@ from kv_transfer.outbox import Outgoing
 from kv_transfer.ownership import Holding, Ledger, SendState
 from kv_transfer.pairs import PairKey, Pairs
 from kv_transfer.reshard import ReshardPlan
+from kv_transfer.wire import to_wire
 
 SETTLE_S = 0.05
 """How long `release` waits for the channel to book what has already arrived."""
@@ -192,6 +193,7 @@ class KVSender:
     def _push(self, sending: _Sending, segment: Segment, block_ids: Sequence[int]) -> bool:
         s = segment
         data = self._storage.read(s.layer, block_ids, s.token_start, s.token_end, (s.kv_head_start, s.kv_head_end))
+        data = to_wire(data, self._storage.layout, sending.holding.ticket.kv_wire_dtype)
         # on a GPU the checksum waits for the copy, so that the channel's thread may touch it from any stream
         record = SegmentRecord(segment, data.numel(), checksum(data))
         sending.records.append(record)
