@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from core.errors import InvalidRequestError
-from core.kv_layout import KVLayout
+from core.kv_layout import KVLayout, wire_dtype
 from core.logprobs import TokenLogprobs
 from core.messages import (
     Accept,
@@ -99,6 +99,7 @@ def _ticket(wire: worker_pb2.Ticket) -> Ticket:
         wire.prefill_incarnation,
         wire.decode_incarnation,
         wire.pair_epoch,
+        wire_dtype(wire.kv_wire_dtype or "auto"),
     )
 
 

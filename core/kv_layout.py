@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
+
+from core.errors import InvalidRequestError
 
 WireDtype = Literal["auto", "int8"]
 """How K and V travel from worker to worker: as the cache holds them, or rounded."""
-WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
+
+
+def wire_dtype(name: str) -> WireDtype:
+    """`InvalidRequestError` where it is none."""
+    for dtype in get_args(WireDtype):
+        if dtype == name:
+            return cast("WireDtype", dtype)
+    raise InvalidRequestError("kv_wire_dtype", name, f"must be one of {', '.join(get_args(WireDtype))}")
+
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _SCALE_BYTES = {"float32": 0, "bfloat16": 0, "float16": 0, "int8": 4}

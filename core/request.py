@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from core.errors import IntegrityError
+from core.kv_layout import WireDtype
 from core.logprobs import TokenLogprobs
 from core.sampling import SamplingParams
 
@@ -52,7 +53,7 @@ class Request:
     `num_computed_tokens` counts the positions whose K and V are in the cache; `num_cached_tokens` those that were there
     when it first got blocks. `cache_salt` keeps it from sharing cached prefixes with requests that have another;
     `block_hashes` names its first full blocks, as far as somebody wanted to know. `prompt_logprobs` are those of the
-    prompt's tokens from the second on, where they are asked for.
+    prompt's tokens from the second on, where they are asked for. `kv_wire_dtype` is the router's, for its tickets.
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     finish_reason: FinishReason | None = None
     cache_salt: str = ""
+    kv_wire_dtype: WireDtype = "auto"
     num_cached_tokens: int | None = None
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

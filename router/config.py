@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from core.errors import ConfigError
+from core.kv_layout import WireDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class RouterConfig:
     """gRPC: Inference for clients, Registry for workers."""
     http_port: int = 8000
     """HTTP: the OpenAI API, /health and /metrics."""
+    kv_wire_dtype: WireDtype = "auto"
+    """How K and V travel for requests that don't say: auto as the cache holds them, int8 rounded. Not exact."""
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     sessions: SessionConfig = field(default_factory=SessionConfig)
 
@@ -92,6 +95,8 @@ class RouterConfig:
         for name in ("grpc_port", "http_port"):
             if not 0 <= getattr(self, name) < 65536:
                 raise ConfigError(f"router.{name}", getattr(self, name), "must be a port, or 0 for a free one")
+        if self.kv_wire_dtype not in ("auto", "int8"):
+            raise ConfigError("router.kv_wire_dtype", self.kv_wire_dtype, "must be one of 'auto', 'int8'")
 
 
 def check_positive(config: SessionConfig | DispatchConfig, path: str) -> None:

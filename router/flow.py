@@ -113,6 +113,7 @@ class AttemptFlow:
             prefill_incarnation=route.prefill,
             decode_incarnation=route.decode,
             pair_epoch=route.epoch,
+            kv_wire_dtype=request.kv_wire_dtype,
         )
         token_ids = tuple(request.token_ids(0, request.num_tokens))
         sampling = request.sampling

@@ -118,6 +118,7 @@ class Body(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
+    kv_wire_dtype: str | None = None
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -203,6 +204,7 @@ class Body(BaseModel):
                 self.model or "",
                 default_max_tokens=default_max_tokens,
                 cache_salt=self.cache_salt or "",
+                kv_wire_dtype=self.kv_wire_dtype or "",
             )
             for prompt in prompts
             for choice in range(self.num_per_prompt)

@@ -86,6 +86,7 @@ def _ticket(ticket: Ticket) -> pb.Ticket:
         prefill_incarnation=ticket.prefill_incarnation,
         decode_incarnation=ticket.decode_incarnation,
         pair_epoch=ticket.pair_epoch,
+        kv_wire_dtype=ticket.kv_wire_dtype,
     )
 
 

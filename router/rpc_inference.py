@@ -88,6 +88,7 @@ def generate_input(request: pb.GenerateRequest, time_remaining_s: float | None) 
         request_id=request.request_id,
         timeout_s=min(timeouts, default=None),
         cache_salt=request.cache_salt,
+        kv_wire_dtype=request.kv_wire_dtype,
     )
 
 

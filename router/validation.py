@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from core.errors import InvalidRequestError, UnknownModelError
+from core.kv_layout import WireDtype, wire_dtype
 from core.model_info import ModelInfo
 from core.request import Request
 from core.sampling import SamplingParams
@@ -69,7 +70,8 @@ Prompt = str | tuple[int, ...] | Chat
 
 @dataclass(frozen=True, slots=True)
 class GenerateInput:
-    """One request as it came. An empty `model` means the served one; an empty `request_id` is drawn.
+    """One request as it came. An empty `model` means the served one; an empty `request_id` is drawn; an empty
+    `kv_wire_dtype` is the router's.
 
     `default_max_tokens` holds where `max_tokens` is unset, as far as the model's length leaves so much.
     """
@@ -81,6 +83,7 @@ class GenerateInput:
     timeout_s: float | None = None
     default_max_tokens: int | None = None
     cache_salt: str = ""
+    kv_wire_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,17 @@ class Validator:
     """Checks requests for one served model.
 
     `draw_bits(k)` is the source of randomness: k random bits as an integer. It makes seeds and request ids.
+    `kv_wire_dtype` is that of requests which don't say.
     """
 
-    def __init__(self, model: ModelInfo, tokenizer: Tokenizer, draw_bits: Callable[[int], int]) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: ModelInfo,
+        tokenizer: Tokenizer,
+        draw_bits: Callable[[int], int],
+        kv_wire_dtype: WireDtype = "auto",
+    ) -> None:
+        self._model, self._kv_wire_dtype = model, kv_wire_dtype
         self._tokenizer = tokenizer
         self._draw_bits = draw_bits
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
@@ -125,6 +135,7 @@ class Validator:
             _check_unicode(name, text)
             if len(text) > MAX_NAME_LEN:
                 raise InvalidRequestError(name, text, f"must have at most {MAX_NAME_LEN} characters")
+        wire_dtype(wanted.kv_wire_dtype or self._kv_wire_dtype)
         timeout_s = wanted.timeout_s
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
             raise InvalidRequestError("timeout_s", timeout_s, "must be a finite number of seconds > 0")
@@ -177,7 +188,13 @@ class Validator:
         )
         request_id = wanted.request_id or f"{self._draw_bits(128):032x}"
         shown = fields.skip_special_tokens, fields.include_stop_str_in_output
-        request = Request(request_id, prompt_token_ids, sampling, cache_salt=wanted.cache_salt)
+        request = Request(
+            request_id,
+            prompt_token_ids,
+            sampling,
+            cache_salt=wanted.cache_salt,
+            kv_wire_dtype=wire_dtype(wanted.kv_wire_dtype or self._kv_wire_dtype),
+        )
         return ValidRequest(request, fields.stop, wanted.timeout_s, *shown)
 
     def _sampling(self, fields: SamplingFields, *, max_tokens: int) -> SamplingParams:

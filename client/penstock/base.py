@@ -137,6 +137,7 @@ class ClientBase(ABC, Generic[G_co]):
         timeout_s: float | None = None,
         request_id: str | None = None,
         cache_salt: str = "",
+        kv_wire_dtype: str = "",
         **sampling: Unpack[Sampling],
     ) -> G_co:
         """Start to generate from exactly one of `prompt`, `token_ids` and `messages` (a chat).
@@ -144,7 +145,8 @@ class ClientBase(ABC, Generic[G_co]):
         `sampling` are the options of `Sampling`; what is not given, the model's own defaults decide. `temperature` 0 is
         greedy; the text ends before the first of `stop`. `request_id` makes the generation known to `cancel`; an empty
         `model` is the one that is served. Requests share what the server has cached of prompts only under one
-        `cache_salt`.
+        `cache_salt`. `kv_wire_dtype` "int8" lets the server round K and V where it carries them from worker to worker,
+        "auto" forbids it.
         Raises `InvalidRequestError` here for what can't be sent; all other errors come out of the generation.
         """
         limit_s = self.timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
@@ -155,6 +157,7 @@ class ClientBase(ABC, Generic[G_co]):
                 "request_id": request_id,
                 "timeout_s": timeout_s if limit_s < math.inf else None,
                 "cache_salt": cache_salt,
+                "kv_wire_dtype": kv_wire_dtype,
             },
             checked(sampling),
         )

@@ -57,6 +57,7 @@ def test_every_option_arrives_under_its_own_name(sdk: Sdk, server: FakeServer) -
         timeout_s=30,
         request_id="mine",
         cache_salt="ours",
+        kv_wire_dtype="int8",
     )
     sampling = pb.SamplingParams(
         max_tokens=9,
@@ -81,7 +82,13 @@ def test_every_option_arrives_under_its_own_name(sdk: Sdk, server: FakeServer) -
         include_stop_str_in_output=True,
     )
     assert request == pb.GenerateRequest(
-        prompt="hi", model="tiny", request_id="mine", timeout_s=30, cache_salt="ours", sampling=sampling
+        prompt="hi",
+        model="tiny",
+        request_id="mine",
+        timeout_s=30,
+        cache_salt="ours",
+        kv_wire_dtype="int8",
+        sampling=sampling,
     )
 
 

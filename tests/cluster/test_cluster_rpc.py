@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from enum import Enum
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -46,6 +46,8 @@ def values(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
         return st.sampled_from(hint)
     if isinstance(hint, UnionType):
         return st.one_of([values(part) for part in get_args(hint)])
+    if get_origin(hint) is Literal:
+        return st.sampled_from(get_args(hint))
     if get_origin(hint) is tuple:
         parts = get_args(hint)
         if parts[-1] is Ellipsis:
@@ -136,8 +138,9 @@ def test_roles_are_the_same_on_both_ends(role: WorkerRole) -> None:
         pb.Command(),
         pb.Command(reserve=pb.Reserve()),
         pb.Command(prefill=pb.Prefill(work=pb.Work(sampling=pb.EngineSampling(top_p=1, max_tokens=0)))),
+        pb.Command(release=pb.Release(ticket=pb.Ticket(kv_wire_dtype="int4"))),
     ],
-    ids=["unknown command", "no sampling", "max_tokens 0"],
+    ids=["unknown command", "no sampling", "max_tokens 0", "unknown wire dtype"],
 )
 def test_a_command_that_cannot_be_is_refused(wire: pb.Command) -> None:
     with pytest.raises(InvalidRequestError):

@@ -14,6 +14,7 @@ import grpc.aio
 
 from core.clock import ManualClock
 from core.errors import PenstockError, RequestCancelledError
+from core.kv_layout import WireDtype
 from core.logprobs import TokenLogprobs
 from core.model_info import ModelInfo, SamplingDefaults
 from core.request import FinishReason, Request
@@ -155,13 +156,15 @@ class FrontDoors:
 
 
 @contextmanager
-def front_doors(*, chat: bool = True, defaults: SamplingDefaults | None = None) -> Iterator[FrontDoors]:
+def front_doors(
+    *, chat: bool = True, defaults: SamplingDefaults | None = None, kv_wire_dtype: WireDtype = "auto"
+) -> Iterator[FrontDoors]:
     tokenizer = make_tokenizer(chat=chat)
     defaults = defaults or SamplingDefaults()
     model = ModelInfo("tiny", "TinyForCausalLM", "f00d", tokenizer.vocab_size, 128, (END_OF_TEXT,), defaults)
     bits = itertools.count(1000)
     dispatcher = ScriptedDispatcher(tokenizer)
-    validator = Validator(model, tokenizer, lambda _: next(bits))
+    validator = Validator(model, tokenizer, lambda _: next(bits), kv_wire_dtype)
     refusals: list[PenstockError] = []
     with ThreadPoolExecutor(1) as executor:
         generator = Generator(

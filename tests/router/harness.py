@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core.events import LifecycleEvent
+from core.kv_layout import WireDtype
 from core.messages import WorkerRole
 from core.request import FinishReason, Request
 from core.sampling import SamplingParams
@@ -114,10 +115,12 @@ class Harness:
         request_id: str | None = None,
         timeout_s: float | None = WAIT_S,
         cache_salt: str = "",
+        kv_wire_dtype: WireDtype = "auto",
         **changes: Any,
     ) -> RequestStream:
         sampling = replace(SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=7), **changes)
-        request = Request(request_id or f"r{next(self._ids)}", list(prompt), sampling, cache_salt=cache_salt)
+        name = request_id or f"r{next(self._ids)}"
+        request = Request(name, list(prompt), sampling, cache_salt=cache_salt, kv_wire_dtype=kv_wire_dtype)
         return self.dispatcher.submit(request, timeout_s=timeout_s)
 
     async def idle(self) -> None:

@@ -28,6 +28,11 @@ def test_the_router_must_not_give_up_before_the_worker() -> None:
         DispatchConfig(accept_deadline_s=20.0)
 
 
+def test_kv_travels_in_no_other_type() -> None:
+    with pytest.raises(ConfigError, match=r"router\.kv_wire_dtype: got 'int4', must be one of 'auto', 'int8'"):
+        RouterConfig(kv_wire_dtype="int4")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("port", [-1, 65536])
 def test_a_port_must_be_one(port: int) -> None:
     with pytest.raises(ConfigError, match=r"router\.grpc_port"):

@@ -70,7 +70,8 @@ def raw(channel: grpc.aio.Channel, request: bytes, method: str = "Generate") -> 
 async def test_a_stream_is_one_started_then_deltas_then_one_finished(doors: FrontDoors, stub: Stub) -> None:
     doors.dispatcher.reply = "the 水門 pipe"
     sampling = pb.SamplingParams(seed=7, max_tokens=9, temperature=0, stop_token_ids=[9])
-    responses = await collect(stub.Generate(ask(request_id="mine", model="tiny", sampling=sampling, cache_salt="ours")))
+    ours = {"cache_salt": "ours", "kv_wire_dtype": "int8"}
+    responses = await collect(stub.Generate(ask(request_id="mine", model="tiny", sampling=sampling, **ours)))
     started, *deltas, finished = responses
     prompt = doors.tokenizer.encode("the pipe")
     assert started.started == pb.Started(request_id="mine", model="tiny", seed=7, num_prompt_tokens=len(prompt))
@@ -83,7 +84,7 @@ async def test_a_stream_is_one_started_then_deltas_then_one_finished(doors: Fron
     submitted = doors.dispatcher.running[0].request
     assert (submitted.sampling.max_tokens, submitted.sampling.temperature) == (9, 0.0)
     assert submitted.sampling.stop_token_ids == (9, END_OF_TEXT)
-    assert submitted.cache_salt == "ours"
+    assert (submitted.cache_salt, submitted.kv_wire_dtype) == ("ours", "int8")
 
 
 async def test_stages_that_did_not_happen_stay_unset_in_the_stats(stub: Stub) -> None:

@@ -36,6 +36,14 @@ async def test_both_workers_are_told_the_salt() -> None:
         await world.idle()
 
 
+async def test_the_ticket_says_how_kv_travels() -> None:
+    async with pair_of_workers() as (world, prefill, decode):
+        await read(world.submit(PROMPT, 4, kv_wire_dtype="int8"))
+        [there], [here] = prefill.commands("prefill"), decode.commands("reserve")
+        assert there.ticket.kv_wire_dtype == here.ticket.kv_wire_dtype == "int8"
+        await world.idle()
+
+
 async def test_prefill_is_not_sent_before_decode_has_reserved() -> None:
     async with pair_of_workers() as (world, prefill, decode):
         decode.pause("reserve")

@@ -95,9 +95,9 @@ def test_choices_of_one_prompt_follow_each_other_with_seeds_of_their_own() -> No
     ]
 
 
-def test_a_salt_holds_for_all_choices() -> None:
-    inputs = completion(prompt=["a", "b"], n=2, cache_salt="ours")
-    assert [wanted.cache_salt for wanted in inputs] == ["ours"] * 4
+def test_salt_and_wire_hold_for_all_choices() -> None:
+    inputs = completion(prompt=["a", "b"], n=2, cache_salt="ours", kv_wire_dtype="int8")
+    assert [(wanted.cache_salt, wanted.kv_wire_dtype) for wanted in inputs] == [("ours", "int8")] * 4
 
 
 def test_a_bad_seed_is_not_made_good() -> None:

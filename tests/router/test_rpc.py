@@ -41,9 +41,15 @@ from penstock.v1 import worker_pb2 as pb
 from router.rpc_commands import command_to_wire
 from router.rpc_events import WireError, message_from_wire
 
-TICKET = Ticket("r", 2, "t", "p", "d", 7)
+TICKET = Ticket("r", 2, "t", "p", "d", 7, "int8")
 WIRE_TICKET = pb.Ticket(
-    request_id="r", attempt=2, transfer_id="t", prefill_incarnation="p", decode_incarnation="d", pair_epoch=7
+    request_id="r",
+    attempt=2,
+    transfer_id="t",
+    prefill_incarnation="p",
+    decode_incarnation="d",
+    pair_epoch=7,
+    kv_wire_dtype="int8",
 )
 SAMPLING = SamplingParams(
     max_tokens=9, temperature=0.5, top_p=0.25, top_k=3, seed=2**64 - 1, min_tokens=2, stop_token_ids=(4, 5)

@@ -32,7 +32,7 @@ def validate(
     """Keywords are fields of GenerateInput or of SamplingFields."""
     ours = {
         name: wanted.pop(name)
-        for name in ("model", "request_id", "timeout_s", "default_max_tokens", "cache_salt")
+        for name in ("model", "request_id", "timeout_s", "default_max_tokens", "cache_salt", "kv_wire_dtype")
         if name in wanted
     }
     request = GenerateInput(prompt, SamplingFields(**wanted), **ours)
@@ -94,6 +94,7 @@ def chat(*turns: tuple[str, str]) -> Chat:
         ("request_id", "lone surrogate", {"request_id": "\ud800"}),
         ("cache_salt", "at most 128 characters", {"cache_salt": "x" * 129}),
         ("cache_salt", "lone surrogate", {"cache_salt": "\ud800"}),
+        ("kv_wire_dtype", "must be one of auto, int8", {"kv_wire_dtype": "int4"}),
     ],
 )
 def test_what_can_never_succeed_is_refused_by_field_and_fix(
@@ -173,6 +174,12 @@ def test_a_seed_and_an_id_are_drawn_where_none_is_given() -> None:
         assert one.request_id != other.request_id
         given = validate(doors, seed=0, request_id="mine", cache_salt="ours").request
         assert (given.sampling.seed, given.request_id, given.cache_salt) == (0, "mine", "ours")
+
+
+@pytest.mark.parametrize(("said", "travels"), [("", "int8"), ("auto", "auto"), ("int8", "int8")])
+def test_a_request_that_does_not_say_travels_as_the_router_is_configured(said: str, travels: str) -> None:
+    with front_doors(kv_wire_dtype="int8") as doors:
+        assert validate(doors, kv_wire_dtype=said).request.kv_wire_dtype == travels
 
 
 @settings(deadline=None)

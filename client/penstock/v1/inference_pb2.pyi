@@ -71,6 +71,7 @@ class GenerateRequest(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     TIMEOUT_S_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
+    KV_WIRE_DTYPE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the client to be able to Cancel; drawn by the server when empty."""
     model: builtins.str
@@ -80,6 +81,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """Seconds from arrival after which the request fails with DEADLINE_EXCEEDED. The gRPC deadline counts too."""
     cache_salt: builtins.str
     """What requests of another salt have left in the cache is not used, nor can they tell what this one has."""
+    kv_wire_dtype: builtins.str
+    """How K and V travel from prefill to decode: "auto" as they are, "int8" rounded, in about a quarter of the bytes, so
+    that tokens may differ. Empty: as the server is configured.
+    """
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -97,9 +102,10 @@ class GenerateRequest(google.protobuf.message.Message):
         sampling: Global___SamplingParams | None = ...,
         timeout_s: builtins.float | None = ...,
         cache_salt: builtins.str = ...,
+        kv_wire_dtype: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "input", b"input", "messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "input", b"input", "messages", b"messages", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "input", b"input", "kv_wire_dtype", b"kv_wire_dtype", "messages", b"messages", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
     @typing.overload

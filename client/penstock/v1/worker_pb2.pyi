@@ -306,12 +306,15 @@ class Ticket(google.protobuf.message.Message):
     PREFILL_INCARNATION_FIELD_NUMBER: builtins.int
     DECODE_INCARNATION_FIELD_NUMBER: builtins.int
     PAIR_EPOCH_FIELD_NUMBER: builtins.int
+    KV_WIRE_DTYPE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     attempt: builtins.int
     transfer_id: builtins.str
     prefill_incarnation: builtins.str
     decode_incarnation: builtins.str
     pair_epoch: builtins.int
+    kv_wire_dtype: builtins.str
+    """"auto", or "int8": K and V are rounded on their way; empty is auto"""
     def __init__(
         self,
         *,
@@ -321,8 +324,9 @@ class Ticket(google.protobuf.message.Message):
         prefill_incarnation: builtins.str = ...,
         decode_incarnation: builtins.str = ...,
         pair_epoch: builtins.int = ...,
+        kv_wire_dtype: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "decode_incarnation", b"decode_incarnation", "pair_epoch", b"pair_epoch", "prefill_incarnation", b"prefill_incarnation", "request_id", b"request_id", "transfer_id", b"transfer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "decode_incarnation", b"decode_incarnation", "kv_wire_dtype", b"kv_wire_dtype", "pair_epoch", b"pair_epoch", "prefill_incarnation", b"prefill_incarnation", "request_id", b"request_id", "transfer_id", b"transfer_id"]) -> None: ...
 
 Global___Ticket: typing_extensions.TypeAlias = Ticket
 
