@@ -44,7 +44,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = x.to(torch.float32)
     largest = wide.abs().amax(dim=-1)
-    most = torch.full_like(largest, _INT8_MAX)  # a number over a tensor would be rounded twice
+    most = torch.full_like(largest, _INT8_MAX)  # torch would round a number over a tensor twice
     factors = torch.where(largest > 0, most / largest, 0.0)
     return (wide * factors.unsqueeze(-1)).round().to(torch.int8), largest / _INT8_MAX
 
