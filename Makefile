@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check proto setup
+.PHONY: demo test chaos check proto setup
 
 demo: setup
 	$(BIN)/penstock demo
 
 test: .venv/.test
 	scripts/test
+
+chaos: .venv/.test
+	scripts/test -m chaos -s tests/e2e/test_chaos.py
 
 check: .venv/.dev
 	scripts/check

@@ -30,7 +30,8 @@ from tests.faults.process import SOCKET
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "penstock-tiny"
 WAIT_S = 30.0
-Action = Literal["hold", "kill", "freeze", "damage", "cut"]
+Action = Literal["hold", "kill", "freeze", "damage", "cut", "sleep", "nap"]
+"""Wait for `go`; die; stop as a whole, for SIGCONT; damage or cut off what is sent next; wait or stop for a while."""
 
 
 @dataclass
@@ -56,11 +57,12 @@ class StepControl:
         self._server.listen()
         threading.Thread(target=self._welcome, name="steps", daemon=True).start()
 
-    def arm(self, worker_id: str, step: Step, action: Action, layer: int = 0) -> None:
-        """At its next such step, the worker is held, dies, is frozen, or what it sends next is damaged or cut off."""
+    def arm(self, worker_id: str, step: Step, action: Action, layer: int = 0, seconds: float = 0.0) -> None:
+        """What happens to a worker at its next such step; takes the place of what was to happen before."""
         worker = self._of(worker_id)
-        worker.tell(f"arm {step.value} {layer} {action}")
-        assert worker.said.get(timeout=WAIT_S) == "armed"
+        worker.tell(f"arm {step.value} {layer} {action} {seconds}")
+        while worker.said.get(timeout=WAIT_S) != "armed":
+            pass  # it was at an earlier step that nobody waited for
 
     def reached(self, worker_id: str) -> int:
         """Wait until it is there; its process id."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock import Client, Delta, Generation, PenstockError
+from penstock.aio import AsyncGeneration
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def run(client: Client, job: Mapping[str, Any]) -> Answer | Failed:
     return answer_of(generation, deltas)
 
 
-def answer_of(generation: Generation, deltas: Iterable[Delta]) -> Answer:
+def answer_of(generation: Generation | AsyncGeneration, deltas: Iterable[Delta]) -> Answer:
     deltas = list(deltas)
     return Answer(
         generation.token_ids,

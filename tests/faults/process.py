@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -33,10 +34,10 @@ SOCKET = "PENSTOCK_TEST_STEPS"
 
 
 class Faults:
-    """Obeys a `StepControl`: `arm STEP LAYER ACTION` makes that step the next one at which the action happens."""
+    """Obeys a `StepControl`: `arm STEP LAYER ACTION SECONDS` says what happens at the next such step."""
 
     def __init__(self, worker_id: str, path: str) -> None:
-        self._armed: tuple[Step, int, str] | None = None
+        self._armed: tuple[Step, int, str, float] | None = None
         self._go = threading.Event()
         self._damage = ""
         self._socket = socket.socket(socket.AF_UNIX)
@@ -49,7 +50,7 @@ class Faults:
         armed = self._armed
         if armed is None or armed[:2] != (step, layer):
             return
-        self._armed, action = None, armed[2]
+        self._armed, action, seconds = None, armed[2], armed[3]
         match action:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -59,6 +60,12 @@ class Faults:
                 self._go.wait()
             case "freeze":
                 self._say("at")
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "sleep":
+                self._go.clear()
+                self._go.wait(seconds)
+            case "nap":  # of the whole process
+                subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "damage" | "cut":
                 self._damage = action
@@ -72,8 +79,8 @@ class Faults:
     def _obey(self) -> None:
         for line in self._lines:
             match line.split():
-                case ["arm", step, layer, action]:
-                    self._armed = (Step(step), int(layer), action)
+                case ["arm", step, layer, action, seconds]:
+                    self._armed = (Step(step), int(layer), action, float(seconds))
                     self._say("armed")
                 case ["go"]:
                     self._go.set()

@@ -1,0 +1,183 @@
+"""Both sides of a transfer, the router and the network, in every order that hypothesis can think of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from cluster.worker import EXPIRY_INTERVAL_S
+from tests.faults.simulation import LIMITS, Job, Simulation, SimWorker
+
+ROUNDS = 200
+"""After so many in which nothing goes wrong, every request has its answer."""
+names = st.sampled_from(["p", "d0", "d1"])
+decodes = st.sampled_from(["d0", "d1"])
+numbers = st.integers(min_value=0, max_value=10**6)
+lengths = st.integers(min_value=1, max_value=18)
+fates = st.sampled_from(["again", "damaged", "short", "lost"])
+
+
+class World(RuleBasedStateMachine):
+    """Messages come late, twice, in another order or not at all; anybody dies, sleeps or changes his mind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sim = Simulation()
+
+    def job(self, which: int) -> Job:
+        jobs = list(self.sim.jobs.values())
+        return jobs[which % len(jobs)]
+
+    def one_with(self, which: int, has: Callable[[SimWorker], object]) -> SimWorker:
+        found = [worker for worker in self.sim.workers.values() if has(worker)]
+        return found[which % len(found)]
+
+    # ---- what happens anyway
+
+    @initialize(lengths=st.lists(lengths, min_size=2, max_size=4))
+    def begin(self, lengths: list[int]) -> None:
+        for i, length in enumerate(lengths):
+            self.submit(length, 2 + i, "d0")
+
+    @precondition(lambda self: len(self.sim.jobs) < 5)
+    @rule(length=lengths, max_tokens=st.integers(min_value=1, max_value=9), name=decodes)
+    def submit(self, length: int, max_tokens: int, name: str) -> None:
+        self.sim.submit(tuple(range(10, 10 + length)), max_tokens)
+        self.sim.place(list(self.sim.jobs.values())[-1], name)
+
+    @precondition(lambda self: any(job.stage is None for job in self.sim.jobs.values()))
+    @rule(name=decodes)
+    def place(self, name: str) -> None:
+        for job in self.sim.jobs.values():
+            self.sim.place(job, name)
+
+    @precondition(lambda self: any(worker.commands for worker in self.sim.workers.values()))
+    @rule(which=numbers, all_of_them=st.booleans())
+    def obey(self, which: int, all_of_them: bool) -> None:
+        worker = self.one_with(which, lambda worker: worker.commands)
+        for _ in range(len(worker.commands) if all_of_them else 1):
+            self.sim.obey(worker)
+
+    @rule(name=names, num_turns=st.integers(min_value=1, max_value=3))
+    def turn(self, name: str, num_turns: int) -> None:
+        worker = self.sim.workers[name]
+        for _ in range(num_turns):
+            worker.turn(self.sim.wanted(worker))
+
+    @precondition(lambda self: any(worker.session.events for worker in self.sim.workers.values()))
+    @rule(which=numbers)
+    def hear(self, which: int) -> None:
+        worker = self.one_with(which, lambda worker: worker.session.events)
+        while worker.session.events:
+            self.sim.hear(worker)
+
+    @precondition(lambda self: any(link.outbox and not link.closed for link in self.sim.links.values()))
+    @rule(num_segments=st.integers(min_value=1, max_value=8))
+    def leave(self, num_segments: int) -> None:
+        for link in self.sim.links.values():
+            for _ in range(num_segments):
+                self.sim.leave(link)
+
+    @precondition(lambda self: self.sim.wire)
+    @rule(which=numbers, num_segments=st.integers(min_value=1, max_value=8))
+    def arrive(self, which: int, num_segments: int) -> None:
+        for _ in range(num_segments):
+            self.sim.arrive(which, "whole")
+
+    @precondition(lambda self: self.sim.wire)
+    @rule(which=numbers, fate=fates)
+    def arrive_otherwise(self, which: int, fate: str) -> None:
+        self.sim.arrive(which, fate)
+
+    @rule(spoiled=st.integers(min_value=0, max_value=7), fate=fates)
+    def everything_comes_but_one(self, spoiled: int, fate: str) -> None:
+        self.sim.run(spoiled, fate)
+
+    @rule(num_rounds=st.integers(min_value=1, max_value=3))
+    def everything_comes(self, num_rounds: int) -> None:
+        for _ in range(num_rounds):
+            self.sim.run()
+
+    @rule(seconds=st.sampled_from([0.3, 1.0, 4.0, 11.0]), heartbeats=st.booleans())
+    def wait(self, seconds: float, heartbeats: bool) -> None:
+        self.sim.clock.advance(seconds)
+        for worker in self.sim.workers.values():
+            if heartbeats:
+                self.sim.heartbeat(worker)
+
+    # ---- what goes wrong
+
+    @precondition(lambda self: self.sim.jobs)
+    @rule(which=numbers)
+    def the_client_leaves(self, which: int) -> None:
+        self.sim.cancel(self.job(which))
+
+    @precondition(lambda self: any(job.stage for job in self.sim.jobs.values()))
+    @rule(which=numbers)
+    def the_router_gives_an_attempt_up(self, which: int) -> None:
+        self.sim.give_up(self.job(which))
+
+    @precondition(lambda self: self.sim.said)
+    @rule(which=numbers)
+    def an_old_command_comes_again(self, which: int) -> None:
+        self.sim.replay(which)
+
+    @rule(name=names)
+    def a_worker_restarts(self, name: str) -> None:
+        self.sim.restart(name)
+
+    @rule(name=st.sampled_from(["router", "p", "d0", "d1"]), noticed=st.booleans())
+    def sessions_break(self, name: str, noticed: bool) -> None:
+        if name == "router":
+            self.sim.restart_router(noticed=noticed)
+        else:
+            self.sim.lose_session(self.sim.workers[name], noticed=noticed)
+
+    @rule(name=decodes, at_once=st.booleans())
+    def a_channel_breaks(self, name: str, at_once: bool) -> None:
+        self.sim.cut(self.sim.links[name])
+        if at_once:
+            self.sim.connect(name)
+
+    # ---- what must hold
+
+    @invariant()
+    def the_books_balance(self) -> None:
+        for worker in self.sim.workers.values():
+            worker.check()
+
+    def teardown(self) -> None:
+        """Once nothing goes wrong any more every request is answered, and then nothing is held."""
+        sim = self.sim
+        for name, link in list(sim.links.items()):
+            if link.closed:
+                sim.connect(name)
+        for _ in range(ROUNDS):
+            if not sim.jobs:
+                break
+            for worker in sim.workers.values():
+                sim.heartbeat(worker)
+            sim.clock.advance(EXPIRY_INTERVAL_S)
+            sim.run()
+        assert not sim.jobs, [vars(job) for job in sim.jobs.values()]
+        for _ in range(2):
+            sim.clock.advance(LIMITS.lease_s + EXPIRY_INTERVAL_S)
+            sim.run()
+        for worker in sim.workers.values():
+            worker.assert_nothing_is_held()
+
+
+def test_nothing_leaks_nothing_lies_and_everything_ends() -> None:
+    options: Any = {"max_examples": 20, "stateful_step_count": 40, "print_blob": False, "deadline": None}
+    run_state_machine_as_test(World, settings=settings(**options))
