@@ -21,6 +21,7 @@ from types import MappingProxyType
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.machine import machine
@@ -55,14 +56,19 @@ class Row:
 
 
 @torch.inference_mode()
-def log_likelihood(engine: Engine, token_ids: Sequence[int]) -> float:
-    """Of all tokens but the first, in nats. The engine must have blocks for all of them, and no requests."""
+def logits_of(engine: Engine, token_ids: Sequence[int]) -> Tensor:
+    """[T, V]: of the token after each. The engine must have blocks for all of them, and no requests."""
     block_ids = tuple(range(-(-len(token_ids) // engine.layout.block_size)))
     plan = Plan((PlanEntry("text", tuple(token_ids), 0, block_ids, None),))
     vocab_size, storage = engine.model_config.vocab_size, engine.storage
     inputs = build_step_inputs(plan, engine.layout.block_size, vocab_size, storage.device)
-    logits = engine.model.logits(engine.model.forward(inputs, storage.layers, lambda _: None))
-    return -F.cross_entropy(logits[:-1], inputs.token_ids[1:], reduction="sum").item()
+    return engine.model.logits(engine.model.forward(inputs, storage.layers, lambda _: None))
+
+
+def log_likelihood(engine: Engine, token_ids: Sequence[int]) -> float:
+    """Of all tokens but the first, in nats."""
+    logits = logits_of(engine, token_ids)
+    return -F.cross_entropy(logits[:-1], torch.tensor(token_ids[1:]), reduction="sum").item()
 
 
 def perplexity(engine: Engine, texts: Sequence[Sequence[int]]) -> float:
