@@ -42,7 +42,7 @@ struct IntTile {
     }
 };
 
-// The product [rows][PANEL] of one tile, before bias, becomes rows of y.
+// The product of one tile, before bias, becomes rows of y. value(r, h): one half of a row of it.
 struct Finish {
     const Weights& w;
     int64_t panel, num_features;
@@ -50,19 +50,20 @@ struct Finish {
     int64_t out_stride;
     const float* residual;
 
-    void operator()(const float* product, int64_t first_row, int num_rows) const {
-        const int64_t feature = panel * w.features_per_panel();
+    template <class Value>
+    void operator()(int64_t first_row, int num_rows, const Value& value) const {
         vf bias[2] = {zero(), zero()};
         if (w.bias)
             for (int h = 0; h < 2; ++h) bias[h] = load(w.bias + panel * PANEL + h * LANES);
-        for (int r = 0; r < num_rows; ++r) {
-            vf sums[2];
-            for (int h = 0; h < 2; ++h) sums[h] = add(load(product + r * PANEL + h * LANES), bias[h]);
-            const int64_t at = (first_row + r) * out_stride + feature;
-            if (w.gated())
-                put(at, gate(w.activation, sums[0], sums[1]), num_features);
-            else
-                for (int h = 0; h < 2; ++h) put(at + h * LANES, sums[h], num_features - h * LANES);
+        int64_t at = first_row * out_stride + panel * w.features_per_panel();
+        for (int r = 0; r < num_rows; ++r, at += out_stride) {
+            const vf low = add(value(r, 0), bias[0]), high = add(value(r, 1), bias[1]);
+            if (w.gated()) {
+                put(at, gate(w.activation, low, high), num_features);
+            } else {
+                put(at, low, num_features);
+                put(at + LANES, high, num_features - LANES);
+            }
         }
     }
 
@@ -82,7 +83,7 @@ void multiply_floats(const Panel& panel, const PackedRows& rows, int64_t k, int6
     for (int64_t tile = first; tile < last; ++tile) {
         const int num_rows = rows.rows_in(tile);
         with_rows(num_rows, FloatTile<Panel>{rows.floats + tile * MAX_ROWS * k, panel, product});
-        finish(product, tile * MAX_ROWS, num_rows);
+        finish(tile * MAX_ROWS, num_rows, [&](int r, int h) { return load(product + r * PANEL + h * LANES); });
     }
 }
 
@@ -114,20 +115,16 @@ void multiply_int8(const Weights& w, const PackedRows& rows, int64_t panel, int6
     const int64_t row_len = int8_row_len(w.k), num_steps = row_len / INT8_STEP;
     const int8_t* data = static_cast<const int8_t*>(w.data) + panel * row_len * PANEL;
     alignas(64) int32_t sums[MAX_ROWS * PANEL];
-    alignas(64) float product[MAX_ROWS * PANEL];
+    const vf scales[2] = {load(w.scales + panel * PANEL), load(w.scales + panel * PANEL + LANES)};
+    const vi shifts[2] = {load(w.sums + panel * PANEL), load(w.sums + panel * PANEL + LANES)};
     for (int64_t tile = first; tile < last; ++tile) {
         const int num_rows = rows.rows_in(tile);
+        const float* row_scales = rows.scales + tile * MAX_ROWS;
         with_rows(num_rows, IntTile{rows.codes + tile * MAX_ROWS * row_len, data, num_steps, sums});
-        for (int r = 0; r < num_rows; ++r) {
-            const vf row_scale = set1(rows.scales[tile * MAX_ROWS + r]);
-            for (int h = 0; h < 2; ++h) {
-                const int64_t column = panel * PANEL + h * LANES;
-                vi whole = load(sums + r * PANEL + h * LANES);
-                if constexpr (INT8_STEP == 4) whole = subtract(whole, load(w.sums + column));
-                store(product + r * PANEL + h * LANES, mul(to_float(whole), mul(row_scale, load(w.scales + column))));
-            }
-        }
-        finish(product, tile * MAX_ROWS, num_rows);
+        finish(tile * MAX_ROWS, num_rows, [&](int r, int h) {
+            const vi sum = load(sums + r * PANEL + h * LANES);
+            return mul(to_float(INT8_STEP == 4 ? subtract(sum, shifts[h]) : sum), mul(set1(row_scales[r]), scales[h]));
+        });
     }
 }
 
@@ -140,20 +137,32 @@ float largest(const float* x, int64_t k) {
     return max_lanes(most);
 }
 
+// Sixteen codes as INT8 rows want them, in groups of INT8_STEP that stand `num_rows` groups apart; the first `end` of them.
+inline void put_codes(vi codes, Int8Row* out, int num_rows, int64_t end) {
+    alignas(16) Int8Row shifted[LANES];
+#if defined(__AVX512VNNI__)
+    const __m128i bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(codes), _mm_set1_epi8(-128));  // + 128
+    _mm_store_si128(reinterpret_cast<__m128i*>(shifted), bytes);
+#else
+    alignas(64) int32_t wide[LANES];
+    store(wide, codes);
+    for (int j = 0; j < LANES; ++j) shifted[j] = static_cast<Int8Row>(wide[j]);
+#endif
+    if (end == LANES)
+        for (int64_t j = 0; j < LANES; j += INT8_STEP) std::memcpy(out + j * num_rows, shifted + j, INT8_STEP * sizeof(Int8Row));
+    else
+        for (int64_t j = 0; j < end; j += INT8_STEP) std::memcpy(out + j * num_rows, shifted + j, INT8_STEP * sizeof(Int8Row));
+}
+
 // One row as codes into its place of a tile, [K / step][rows][step], and its scale.
 float quantize_row(const float* x, int64_t k, Int8Row* out, int num_rows) {
-    constexpr int32_t shift = INT8_STEP == 4 ? 128 : 0;
     const float most = largest(x, k);
     const vf factor = set1(most > 0 ? 127.0f / most : 0.0f);
-    alignas(64) int32_t codes[LANES];
-    alignas(64) Int8Row shifted[LANES];
-    for (int64_t i = 0; i < int8_row_len(k); i += LANES) {
-        const int n = static_cast<int>(std::min<int64_t>(LANES, k - i));
-        store(codes, to_int(mul(n == LANES ? load(x + i) : load_first(x + i, n), factor)));
-        for (int j = 0; j < LANES; ++j) shifted[j] = static_cast<Int8Row>(codes[j] + shift);
-        const int64_t end = std::min<int64_t>(LANES, int8_row_len(k) - i);
-        for (int64_t j = 0; j < end; j += INT8_STEP)
-            std::memcpy(out + (i + j) * num_rows, shifted + j, INT8_STEP * sizeof(Int8Row));
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) put_codes(to_int(mul(load(x + i), factor)), out + i * num_rows, num_rows, LANES);
+    if (i < k) {
+        const vf rest = load_first(x + i, static_cast<int>(k - i));
+        put_codes(to_int(mul(rest, factor)), out + i * num_rows, num_rows, int8_row_len(k) - i);
     }
     return most / 127.0f;
 }
