@@ -80,6 +80,11 @@ def read_rate(buffer: FloatArray, num_threads: int, repeats: int, clock: Clock) 
         return max(buffer.nbytes / best_s(each, repeats, clock) for each in passes)
 
 
+def read_rate_now(num_threads: int, clock: Clock) -> float:
+    """`read_rate` in some tenths of a second."""
+    return read_rate(np.ones(BUFFER_BYTES // 8, dtype=np.float32), num_threads, 3, clock)
+
+
 def flop_rate(route: Route, shapes: Sequence[Shape], repeats: int, clock: Clock) -> float:
     """Multiplications and additions in a second: the best of all shapes."""
     return max(2.0 * m * k * n / best_s(route(m, k, n), repeats, clock) for m, k, n in shapes)

@@ -27,6 +27,8 @@ class Measured:
     load_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     tokens_per_s: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     """By (workload, engine)."""
+    read_bytes_per_s: list[float] = field(default_factory=list)
+    """How fast memory was read just before an engine decoded one sequence."""
     tokens: dict[tuple[str, int, str], list[list[int]]] = field(default_factory=dict)
     """What was written, by (workload, round, engine)."""
     failures: dict[str, str] = field(default_factory=dict)
@@ -50,7 +52,11 @@ class Measured:
 
 
 class Comparison:
-    """`vocab_size`: of the ids that prompts are drawn from. Once `in_time` is false, nothing more is begun."""
+    """`vocab_size`: of the ids that prompts are drawn from. Once `in_time` is false, nothing more is begun.
+
+    `read_rate` measures how fast memory is read now, in bytes/s: on a shared machine that changes by the minute, so it
+    is measured beside what is held against it.
+    """
 
     def __init__(
         self,
@@ -59,12 +65,14 @@ class Comparison:
         log_folder: Path,
         say: Say,
         in_time: Callable[[], bool] = lambda: True,
+        read_rate: Callable[[], float] | None = None,
     ) -> None:
         self._specs = specs
         self._vocab_size = vocab_size
         self._log_folder = log_folder
         self._say = say
         self._in_time = in_time
+        self._read_rate = read_rate
         self._running: dict[str, EngineProcess] = {}
         self.measured = Measured()
 
@@ -140,6 +148,8 @@ class Comparison:
             labels = [label for label in self._running if only is None or label in only]
             shift = number % len(labels) if labels else 0
             for label in labels[shift:] + labels[:shift]:
+                if workload.is_bound_by_reading and self._read_rate is not None:
+                    self.measured.read_bytes_per_s.append(self._read_rate())
                 if run := self._run(label, prompts, workload.num_outputs):
                     self.measured.tokens_per_s[workload.name, label].append(workload.tokens_per_s(run))
                     self.measured.tokens[workload.name, number, label] = run.tokens

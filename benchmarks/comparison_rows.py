@@ -10,7 +10,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.comparison import Measured
 from benchmarks.model_cost import WEIGHT_BYTES, ModelCost
 from benchmarks.rows import Row
-from benchmarks.workloads import READ_TARGET, START_TARGET, Measure, Targets, Workload
+from benchmarks.workloads import READ_TARGET, START_TARGET, Targets, Workload
 
 OURS_FLOAT32, OURS_INT8 = "fp32", "W8A8"
 OURS_INT8_LIKE_VLLM = "W8A8 with fp32 output matrix"
@@ -82,12 +82,12 @@ def read_rows(
     """How near the decode of one sequence comes to reading memory as fast as the machine can; fp32."""
     for workload in workloads:
         rate = measured.median(workload.name, OURS_FLOAT32)
-        if workload.measure is Measure.DECODE and workload.num_sequences == 1 and rate is not None:
+        if workload.is_bound_by_reading and rate is not None:
             context = workload.num_inputs + workload.num_outputs // 2
             num_bytes = cost.bytes_read(1, context, WEIGHT_BYTES["float32"])
-            detail = f"{num_bytes / 1e6:.1f} MB a step x {rate:.2f} steps/s, by the read bandwidth"
+            detail = f"{num_bytes / 1e6:.1f} MB a step x {rate:.2f} steps/s, by the read bandwidth between the turns"
             name = f"{model}, {workload.name}, fp32, share of read bandwidth"
-            bandwidth = machine.read_bytes_per_s / 1e9
+            bandwidth = statistics.median(measured.read_bytes_per_s or [machine.read_bytes_per_s]) / 1e9
             yield Row.of(name, num_bytes * rate / 1e9, "GB/s", READ_TARGET, bandwidth, detail=detail)
 
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from rich.table import Table
 
 from benchmarks import comparison_rows as labels
 from benchmarks import own_rows
-from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.ceilings import Ceilings, measure_ceilings, read_rate_now
 from benchmarks.comparison import Comparison, Measured
 from benchmarks.comparison_rows import Missing, comparison_rows, read_rows
 from benchmarks.engine_process import EngineError, EngineSpec, own_spec
@@ -117,6 +118,7 @@ def model_file(measured: Measured) -> dict[str, Any]:
         "tokens_per_s": samples,
         "start_s": dict(measured.start_s),
         "load_s": dict(measured.load_s),
+        "read_bytes_per_s": measured.read_bytes_per_s,
         "agreement": agreement,
     }
 
@@ -175,6 +177,7 @@ class Bench:
             self._logs,
             self._say,
             in_time=lambda: self._clock() < deadline_s,
+            read_rate=None if quick else partial(read_rate_now, options.num_threads, self._clock),
         )
         with comparison.started():
             if not quick:

@@ -41,6 +41,11 @@ class Workload:
     dense: Targets
     experts: Targets
 
+    @property
+    def is_bound_by_reading(self) -> bool:
+        """Each token takes all weights from memory, and hardly any time besides."""
+        return self.measure is Measure.DECODE and self.num_sequences == 1
+
     def prompts(self, seed: int, vocab_size: int = 7000) -> list[list[int]]:
         """Of ids below `vocab_size`, no special ones among them; the same for the same seed."""
         draw = random.Random(seed)

@@ -174,3 +174,13 @@ def test_rows_have_medians_and_targets_and_name_what_is_missing(tmp_path: Path) 
     reasons = {each.name: each.reason for each in missing}
     assert "the real reason" in reasons["m, rows with W8A8"]
     assert reasons["m, rows with transformers fp32"] == "it was not run"
+
+
+def test_the_read_rate_is_measured_beside_each_decode_of_one_sequence(tmp_path: Path) -> None:
+    single = Workload("one", Measure.DECODE, 1, 3, 2, Targets(0, 0, 0), Targets(0, 0, 0))
+    several = Workload("several", Measure.DECODE, 2, 3, 2, Targets(0, 0, 0), Targets(0, 0, 0))
+    rates = iter([1.0, 2.0, 3.0])
+    comparison = Comparison([fake("a"), fake("b")], 100, tmp_path, lambda _: None, read_rate=lambda: next(rates))
+    with comparison.started():
+        comparison.turn(0, [several, single])
+    assert comparison.measured.read_bytes_per_s == [1.0, 2.0]
