@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -181,3 +182,64 @@ class World(RuleBasedStateMachine):
 def test_nothing_leaks_nothing_lies_and_everything_ends() -> None:
     options: Any = {"max_examples": 20, "stateful_step_count": 40, "print_blob": False, "deadline": None}
     run_state_machine_as_test(World, settings=settings(**options))
+
+
+def history(seed: int) -> int:
+    """A long run of the same world, most of it without faults, so that they meet requests in every state.
+
+    Returns how many requests were answered.
+    """
+    rng = random.Random(seed)
+    world = World()
+    sim, wire = world.sim, ["whole"] * 9 + ["again", "damaged", "short", "lost"]
+
+    def name(*among: str) -> str:
+        return rng.choice(among or ("p", "d0", "d1"))
+
+    def obey() -> None:
+        for worker in rng.sample(list(sim.workers.values()), 2):
+            for _ in range(rng.choice((1, len(worker.commands)))):
+                sim.obey(worker)
+
+    def arrive() -> None:
+        for _ in range(rng.randint(1, 8)):
+            sim.arrive(rng.randrange(1000), rng.choice(wire))
+
+    def hear() -> None:
+        worker = sim.workers[name()]
+        while worker.session.events:
+            sim.hear(worker)
+
+    def with_a_job(what: Callable[[Job], None]) -> None:
+        if sim.jobs:
+            what(rng.choice(list(sim.jobs.values())))
+
+    usual: list[Callable[[], object]] = [
+        obey,
+        arrive,
+        hear,
+        sim.run,
+        lambda: world.turn(name(), rng.randint(1, 3)),
+        lambda: world.leave(rng.randint(1, 8)),
+        lambda: world.place(name("d0", "d1")),
+        lambda: world.submit(rng.randint(1, 18), rng.randint(1, 9), name("d0", "d1")),
+        lambda: world.wait(rng.choice((0.1, 0.1, 1.0, 4.0)), rng.random() < 0.8),
+    ]
+    faults: list[Callable[[], object]] = [
+        lambda: sim.run(rng.randrange(8), rng.choice(wire[9:])),
+        lambda: with_a_job(sim.cancel),
+        lambda: with_a_job(sim.give_up),
+        lambda: sim.replay(rng.randrange(1000)),
+        lambda: sim.restart(name()),
+        lambda: world.sessions_break(name("router", "p", "d0", "d1"), rng.random() < 0.5),
+        lambda: world.a_channel_breaks(name("d0", "d1"), rng.random() < 0.7),
+    ]
+    for _ in range(60):
+        rng.choice(usual if rng.random() < 0.8 else faults)()
+        world.the_books_balance()
+    world.teardown()
+    return len(sim.done)
+
+
+def test_nothing_leaks_or_lies_in_long_histories() -> None:
+    assert sum(map(history, range(300))) > 1000, "hardly any request gets an answer"

@@ -228,9 +228,13 @@ class SimWorker:
             if int(attempt) > self.latest.get(transfer_id, 0):  # however long ago it was asked for
                 self.latest[transfer_id], self.renewed[transfer_id] = int(attempt), self._clock()
         current = {engine_id(key) for key in wanted}
-        for request_id in set(self.scheduler.requests) - current:
-            unwanted_s = self._clock() - self.renewed[request_id.rpartition("/")[0]]
-            assert unwanted_s <= LIMITS.lease_s + EXPIRY_INTERVAL_S, f"{request_id} is held for nobody"
+        if self._overdue(current):  # a step of it found out, and said so to the next turn
+            self.worker.turn(wait=False)
+        assert not (overdue := self._overdue(current)), f"{overdue} are held for nobody"
+
+    def _overdue(self, current: set[str]) -> list[str]:
+        ends_at = {name: self.renewed[name.rpartition("/")[0]] + LIMITS.lease_s for name in self.scheduler.requests}
+        return [name for name in ends_at if name not in current and self._clock() > ends_at[name] + EXPIRY_INTERVAL_S]
 
     def check(self) -> None:
         self.worker.check_integrity()
