@@ -105,7 +105,7 @@ def receive(pipe: Connection, num_tokens: int) -> None:
         load, ticket = command
         if ticket is None:
             for _ in range(load.num_layers):
-                worker.gloo.receive_payload(worker.payload[: load.segment_bytes], WAIT_S)
+                worker.gloo.receive_payload(load.segment_bytes, WAIT_S)
         else:
             receiver.begin(ticket, load.blocks, load.num_tokens)
             pipe.send(None)

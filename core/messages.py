@@ -164,14 +164,17 @@ Command = Connect | PromptPart | Reserve | Prefill | Accept | Release | Cancel |
 
 @dataclass(frozen=True, slots=True)
 class PairUp:
+    """`transport`: what carries the payload."""
+
     prefill_incarnation: str
     decode_incarnation: str
     epoch: int
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PairDown:
-    """`permanent`: the two can never pair, for their layouts differ."""
+    """`permanent`: the two can never pair, for their models or layouts differ, or no transport suits both."""
 
     prefill_incarnation: str
     decode_incarnation: str

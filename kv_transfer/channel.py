@@ -1,4 +1,4 @@
-"""The two ends of a channel: a thread each, staging of its own, and nothing else shared."""
+"""The two ends of a channel: a thread each, and nothing else shared."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from core.clock import Clock
 from core.errors import IntegrityError, TransferError
 from core.ticket import AttemptKey
+from kernels.memory import zeros
 from kv_transfer.config import TransferConfig
 from kv_transfer.frame import FRAME_BYTES, Entry, Frame, FrameKind, pack, unpack
 from kv_transfer.outbox import Outbox, Outgoing
@@ -20,7 +21,7 @@ from kv_transfer.transport import Transport
 OnSent = Callable[[AttemptKey, int, float, float], None]
 """`(key, bytes, share of the channel's time in s, when)`, for each segment that has left."""
 OnSegment = Callable[[Entry, Tensor], None]
-"""A segment and its payload: 1-D uint8, in staging that is used again after the call."""
+"""A segment and its payload: 1-D uint8, in memory of the transport that is used again after the call."""
 OnDown = Callable[[str], None]
 """The channel has ended, with the reason. Called once, by the channel's thread."""
 
@@ -83,7 +84,17 @@ class SendChannel(Channel):
     ) -> None:
         super().__init__(f"kv-send-{name}", transport, config, on_down)
         self._clock, self._on_sent = clock, on_sent
-        self._outbox = Outbox(config.max_staging_bytes, config.coalesce_bytes)
+        memory = transport.memory
+        if memory is None and transport.payload_device.type == "cpu":
+            memory = zeros(config.max_staging_bytes)
+        self._outbox = Outbox(config.max_staging_bytes, config.coalesce_bytes, memory)
+
+    def stage(self, num_bytes: int, wanted: Callable[[], bool]) -> Tensor | None:
+        """[num_bytes] uint8 on CPU to make a payload in, for `put` or `unstage`; waits and fails as `put` does."""
+        return self._outbox.stage(num_bytes, self._config.silence_timeout_s, wanted)
+
+    def unstage(self, payload: Tensor) -> None:
+        self._outbox.unstage(payload)
 
     def put(self, outgoing: Outgoing, wanted: Callable[[], bool]) -> bool:
         """Queue a segment; waits while staging is full, for `silence_timeout_s` at most. False: it was not queued."""
@@ -107,8 +118,7 @@ class SendChannel(Channel):
 
     def _send(self, batch: list[Outgoing]) -> None:
         timeout_s, started_at = self._config.silence_timeout_s, self._clock()
-        parts = [outgoing.payload.to(self._transport.payload_device) for outgoing in batch]
-        payload = parts[0] if len(parts) == 1 else torch.cat(parts)
+        payload = _joined([outgoing.payload.to(self._transport.payload_device) for outgoing in batch])
         frame = Frame(FrameKind.SEGMENTS, tuple(outgoing.entry for outgoing in batch))
         if payload.numel() != frame.num_payload_bytes:  # gloo ends the peer's process where more comes than it expects
             raise IntegrityError(f"{payload.numel()} bytes of payload, {frame.num_payload_bytes} announced")
@@ -122,14 +132,13 @@ class SendChannel(Channel):
 
 
 class ReceiveChannel(Channel):
-    """The receiving end: takes what comes into staging of its own, and hands it on. Never touches a block itself."""
+    """The receiving end: hands on what comes. Never touches a block itself."""
 
     def __init__(
         self, name: str, transport: Transport, config: TransferConfig, on_segment: OnSegment, on_down: OnDown
     ) -> None:
         super().__init__(f"kv-receive-{name}", transport, config, on_down)
         self._on_segment = on_segment
-        self._staging = torch.empty(0, dtype=torch.uint8, device=transport.payload_device)
 
     def _carry(self) -> str:
         while True:
@@ -140,16 +149,23 @@ class ReceiveChannel(Channel):
                 raise TransferError("corrupt_frame", f"a frame of kind {frame.kind.name} in the middle")
 
     def _receive_segments(self, frame: Frame) -> None:
-        num_bytes = frame.num_payload_bytes
-        if num_bytes > self._staging.numel():
-            self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._transport.payload_device)
-        payload = self._staging[:num_bytes]
-        self._transport.receive_payload(payload, self._config.silence_timeout_s)
+        payload = self._transport.receive_payload(frame.num_payload_bytes, self._config.silence_timeout_s)
         offset = 0
         for entry in frame.entries:
             end = offset + entry.record.num_bytes
             self._on_segment(entry, payload[offset:end])
             offset = end
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts as one tensor: without a copy where each begins in memory at the end of the one before."""
+    first, num_bytes = parts[0], sum(part.numel() for part in parts)
+    end = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(parts)
+        end += part.numel()
+    return first.as_strided((num_bytes,), (1,))
 
 
 def send_frame(transport: Transport, frame: Frame, timeout_s: float) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from core.errors import ConfigError
 from kv_transfer.frame import MAX_PAYLOAD_BYTES
+
+Backend = Literal["auto", "shm", "gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
     """All durations in seconds, on the clock of the worker that waits."""
 
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """What carries the payload; auto is nccl between two GPUs and gloo otherwise, also where both share one GPU."""
+    backend: Backend = "auto"
+    """What carries the payload. auto is shm (shared memory) between two workers on the CPUs of one host, nccl between
+    two GPUs, and gloo otherwise, also where both share one GPU."""
     lease_s: float = 5.0
     """How long a worker holds blocks for a router that does not renew its interest."""
     progress_timeout_s: float = 30.0
@@ -38,8 +41,8 @@ class TransferConfig:
             value = getattr(self, f.name)
             if f.name != "backend" and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"transfer.{f.name}", value, "must be a finite number > 0")
-        if self.backend not in ("auto", "gloo", "nccl"):
-            raise ConfigError("transfer.backend", self.backend, "must be one of 'auto', 'gloo', 'nccl'")
+        if self.backend not in get_args(Backend):
+            raise ConfigError("transfer.backend", self.backend, "must be one of 'auto', 'shm', 'gloo', 'nccl'")
         if self.silence_timeout_s <= self.keepalive_s:
             raise ConfigError(
                 "transfer.silence_timeout_s", self.silence_timeout_s, f"must be > keepalive_s = {self.keepalive_s:g}"

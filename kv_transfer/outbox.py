@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.ticket import AttemptKey
 from kv_transfer.frame import MAX_SEGMENTS, Entry
+from kv_transfer.ring import Ring
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,8 @@ class Outgoing:
 
     entry: Entry
     payload: Tensor
+    staged: bool = False
+    """Whether the payload is a piece of the outbox's own memory, that `stage` gave."""
 
     @property
     def num_bytes(self) -> int:
@@ -29,36 +32,68 @@ class Outbox:
     """A bounded queue of segments, taken in batches. Thread-safe; every method may be called from any thread.
 
     Segments leave in the order they came. Batches need no timer: what has gathered while the batch before was being
-    sent goes together, up to `coalesce_bytes`; on a channel that keeps up each segment leaves at once.
+    sent goes together, up to `coalesce_bytes`; on a channel that keeps up each segment leaves at once. Payload lies
+    in `memory`, [N] uint8, where it is staged there, else wherever it was made; each may take `max_bytes`.
     """
 
-    def __init__(self, max_bytes: int, coalesce_bytes: int) -> None:
-        self._max_bytes, self._coalesce_bytes = max_bytes, coalesce_bytes
+    def __init__(self, max_bytes: int, coalesce_bytes: int, memory: Tensor | None = None) -> None:
+        self._max_bytes, self._coalesce_bytes, self._memory = max_bytes, coalesce_bytes, memory
+        self._ring = Ring(0 if memory is None else memory.numel())
         self._changed = threading.Condition()
         self._queue: deque[Outgoing] = deque()
-        self._num_bytes = 0  # queued and being sent
+        self._num_bytes = 0  # queued and being sent, outside of the ring
         self._closed = False
 
     @property
     def num_bytes(self) -> int:
-        """Staging in use: what is queued and what is being sent."""
-        return self._num_bytes
+        """Staging in use: what is being made, queued and sent."""
+        return self._num_bytes + self._ring.num_bytes
+
+    def stage(self, num_bytes: int, timeout_s: float, wanted: Callable[[], bool]) -> Tensor | None:
+        """Room for a payload to be made in, which ends with `put` or `unstage`; waits for it.
+
+        None where the outbox was closed or time ran out, or it is no longer `wanted`.
+        """
+        with self._changed:
+            place: int | None = None
+
+            def found() -> bool:
+                nonlocal place
+                if not self._closed and wanted():
+                    place = self._ring.take(num_bytes)
+                return self._closed or not wanted() or place is not None
+
+            self._changed.wait_for(found, timeout_s)
+            if place is None or self._memory is None:
+                return None
+            return self._memory[place : place + num_bytes]
+
+    def unstage(self, payload: Tensor) -> None:
+        """What `stage` gave is not needed."""
+        with self._changed:
+            self._free_staged(payload)
+            self._changed.notify_all()
 
     def put(self, outgoing: Outgoing, timeout_s: float, wanted: Callable[[], bool]) -> bool:
-        """Queue a segment; waits for room, which an empty outbox always has.
+        """Queue a segment; waits for room where it is not staged. An empty outbox always has room.
 
         False, and not queued, where the outbox was closed or time ran out, or it is no longer `wanted`.
         """
         with self._changed:
 
             def has_room() -> bool:
-                return not self._num_bytes or self._num_bytes + outgoing.num_bytes <= self._max_bytes
+                if outgoing.staged or not self._num_bytes:
+                    return True
+                return self._num_bytes + outgoing.num_bytes <= self._max_bytes
 
             self._changed.wait_for(lambda: self._closed or has_room() or not wanted(), timeout_s)
             if self._closed or not has_room() or not wanted():
+                if outgoing.staged:
+                    self._free_staged(outgoing.payload)
                 return False
             self._queue.append(outgoing)
-            self._num_bytes += outgoing.num_bytes
+            if not outgoing.staged:
+                self._num_bytes += outgoing.num_bytes
             self._changed.notify_all()
         return True
 
@@ -80,19 +115,31 @@ class Outbox:
     def sent(self, batch: list[Outgoing]) -> None:
         """Free the staging of a batch that was taken."""
         with self._changed:
-            self._num_bytes -= sum(outgoing.num_bytes for outgoing in batch)
-            self._changed.notify_all()
+            self._free(batch)
 
     def drop(self, key: AttemptKey) -> None:
-        """Forget what is queued of an attempt, and let a `put` that waits look again at what is wanted."""
+        """Forget what is queued of an attempt, and let whoever waits look again at what is wanted."""
         with self._changed:
-            kept = deque(outgoing for outgoing in self._queue if outgoing.entry.key != key)
-            self._num_bytes -= sum(o.num_bytes for o in self._queue) - sum(o.num_bytes for o in kept)
-            self._queue = kept
-            self._changed.notify_all()
+            dropped = [outgoing for outgoing in self._queue if outgoing.entry.key == key]
+            self._queue = deque(outgoing for outgoing in self._queue if outgoing.entry.key != key)
+            self._free(dropped)
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._queue.clear()
             self._changed.notify_all()
+
+    # ---- under the lock
+
+    def _free(self, batch: list[Outgoing]) -> None:
+        for outgoing in batch:
+            if outgoing.staged:
+                self._free_staged(outgoing.payload)
+            else:
+                self._num_bytes -= outgoing.num_bytes
+        self._changed.notify_all()
+
+    def _free_staged(self, payload: Tensor) -> None:
+        assert self._memory is not None
+        self._ring.free(payload.data_ptr() - self._memory.data_ptr())

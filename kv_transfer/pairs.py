@@ -19,6 +19,7 @@ from kv_transfer.channel import Channel, ReceiveChannel, SendChannel, receive_fr
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
 from kv_transfer.frame import Entry, Frame, FrameKind
+from kv_transfer.handshake import INCOMPATIBLE
 from kv_transfer.rendezvous import RECEIVER, SENDER, Rendezvous
 from kv_transfer.reshard import Group, refusal
 from kv_transfer.transport import Transport
@@ -179,9 +180,9 @@ class Pairs:
             transport = self._rendezvous.meet(link.connect, rank)
             self._greet(transport, link.connect, rank)
         except TransferError as error:
-            self._end(link, str(error))
+            self._end(link, str(error), permanent=error.reason == INCOMPATIBLE)
         else:
-            self._open(link, self._channel(link, transport, rank))
+            self._open(link, self._channel(link, transport, rank), transport.name)
         finally:
             deadline.cancel()
             if transport is not None and link.channel is None:
@@ -206,12 +207,15 @@ class Pairs:
             return SendChannel(link.name, transport, self._config, self._clock, self._listener.on_sent, on_down)
         return ReceiveChannel(link.name, transport, self._config, self._listener.on_segment, on_down)
 
-    def _open(self, link: _Link, channel: Channel) -> None:
+    def _open(self, link: _Link, channel: Channel, transport: str) -> None:
         c = link.connect
         with self._lock:
             if link.outcome is not None:
                 return  # replaced, closed or too late
-            link.channel, link.outcome = channel, PairUp(c.prefill_incarnation, c.decode_incarnation, c.epoch)
+            link.channel, link.outcome = (
+                channel,
+                PairUp(c.prefill_incarnation, c.decode_incarnation, c.epoch, transport),
+            )
             link.threads.append(channel.thread)
             channel.start()
             self._notify(link.outcome)  # under the lock: the word of its end can't overtake it

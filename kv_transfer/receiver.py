@@ -112,13 +112,10 @@ class KVReceiver:
     def on_segment(self, entry: Entry, payload: Tensor) -> None:
         """Called by a channel's thread; `payload` is the channel's, [N] uint8."""
         with self._lock:
-            wanted = self._waiting(entry.key) is not None
-        arrived = checksum(payload) if wanted else 0  # of what came, whatever was announced
-        with self._lock:
-            if not wanted or (receiving := self._waiting(entry.key)) is None:
+            if (receiving := self._waiting(entry.key)) is None:
                 self._num_discarded += 1
                 return
-            outcome = self._guarded(receiving, lambda: self._take(receiving, entry.record, payload, arrived))
+            outcome = self._guarded(receiving, lambda: self._take(receiving, entry.record, payload))
         if outcome is not None:
             self._notify(outcome)
 
@@ -200,11 +197,9 @@ class KVReceiver:
         receiving.holding.advance(ReceiveState.RUNNING, now)
         return TransferReady(receiving.key, now - receiving.accepted_at)
 
-    def _take(self, receiving: _Receiving, record: SegmentRecord, payload: Tensor, arrived: int) -> None:
-        """Verify a segment, then write it into the blocks."""
+    def _take(self, receiving: _Receiving, record: SegmentRecord, payload: Tensor) -> None:
+        """Copy a segment into its place in the blocks, and verify what was copied: a damaged one ends the transfer."""
         segment, cache, wire_dtype = record.segment, self._storage.layout, receiving.holding.ticket.kv_wire_dtype
-        if arrived != record.checksum:
-            raise TransferError("checksum_mismatch", f"{segment} arrived damaged")
         in_place = len(receiving.skipped_prefix) <= segment.token_start < segment.token_end <= receiving.num_tokens
         num_bytes = segment.num_cells * cache.on_wire(wire_dtype).bytes_per_cell
         if not (self._plan.expects(segment) and in_place and payload.numel() == num_bytes):
@@ -212,10 +207,16 @@ class KVReceiver:
         if segment in receiving.received:
             raise TransferError("duplicate_segment", f"{segment} came twice")
         tokens, heads = (segment.token_start, segment.token_end), (segment.kv_head_start, segment.kv_head_end)
-        held = from_wire(payload, cache, wire_dtype)
-        self._storage.write(segment.layer, receiving.block_ids, *tokens, held, heads)
+        where = (segment.layer, receiving.block_ids, *tokens)
+        if cache.on_wire(wire_dtype) == cache:
+            arrived = self._storage.write(*where, payload, heads)
+        else:
+            arrived = checksum(payload)
+            self._storage.write(*where, from_wire(payload, cache, wire_dtype), heads)
         if self._storage.device.type == "cuda":  # staging is used again, and decode may read on another stream
             torch.cuda.current_stream(self._storage.device).synchronize()
+        if arrived != record.checksum:
+            raise TransferError("checksum_mismatch", f"{segment} arrived damaged")
         receiving.received[segment] = record
         if receiving.record is None:  # afterwards the deadline of `accept` stands
             receiving.holding.progressed(self._clock())

@@ -1,4 +1,4 @@
-"""Where the two workers of a pair meet, to become a process group of two."""
+"""Where the two workers of a pair meet and agree on what carries their payload."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from core.errors import TransferError
+from core.errors import ConfigError, TransferError
 from core.messages import Connect
 from kv_transfer.config import TransferConfig
+from kv_transfer.handshake import Offer, choose
 from kv_transfer.pair_store import PairStore, dist, receive_exactly
+from kv_transfer.shared_memory import Invitation, host_identity, visit
 from kv_transfer.transport import ProcessGroupTransport, Transport, first_sentence, wants_nccl
 
 log = logging.getLogger(__name__)
@@ -48,17 +50,20 @@ class Rendezvous(Protocol):
 
 
 class GroupRendezvous:
-    """The sender of a pair comes to the receiver's address, and both make process groups of two. Thread-safe.
+    """The sender of a pair comes to the receiver's address; both share memory or make process groups. Thread-safe.
 
     Two sockets of our own instead of torch's TCPStore: that one looks every address up in the DNS, which takes seconds
     where a name server does not answer, and its constructor can't be interrupted. Listens on `host` alone. Raises
-    ConfigError where NCCL is asked for and can't be had.
+    ConfigError where the configured backend can't be had.
     """
 
     def __init__(self, host: str, device: torch.device, config: TransferConfig) -> None:
-        self._host, self._device, self._timeout_s = host, device, config.connect_timeout_s
-        self._backend = config.backend
+        self._host, self._device, self._config = host, device, config
+        self._timeout_s = config.connect_timeout_s
         self._with_nccl = wants_nccl(config.backend, device, hasattr(dist, "ProcessGroupNCCL"))
+        self._shared_host = host_identity() if device.type == "cpu" and config.backend in ("auto", "shm") else ""
+        if config.backend == "shm" and not self._shared_host:
+            raise ConfigError("transfer.backend", "shm", "needs KV on CPU and Linux with memfd_create; use 'auto'")
         self._changed = threading.Condition()
         self._visitors: OrderedDict[bytes, socket.socket] = OrderedDict()  # by the name of their pair
         self._meetings: set[socket.socket] = set()
@@ -151,27 +156,40 @@ class GroupRendezvous:
             with self._changed:
                 self._meetings.discard(connection)
 
-    def _transport(self, connection: socket.socket, rank: int) -> ProcessGroupTransport:
+    def _transport(self, connection: socket.socket, rank: int) -> Transport:
         store = PairStore(connection, self._timeout_s)
+        chosen = self._choose(store, rank)
+        if chosen == "shm":
+            transport = self._shared_memory(store, rank)
+            connection.close()
+            return transport
         gloo = self._gloo_group(dist.PrefixStore("gloo", store), rank)
-        if not self._agree_on_nccl(store, rank):
+        if chosen == "gloo":
             connection.close()
             return ProcessGroupTransport(gloo, None, 1 - rank, self._device)
         nccl = self._nccl_group(dist.PrefixStore("nccl", store), rank)
         return ProcessGroupTransport(gloo, nccl, 1 - rank, self._device, keep=store)
 
-    def _agree_on_nccl(self, store: PairStore, rank: int) -> bool:
-        """Both sides must offer a GPU, and not the same: NCCL does not join two processes on one."""
-        store.set(f"gpu/{rank}", ours := self._gpu())
-        theirs = store.get(f"gpu/{1 - rank}")
-        agreed = bool(ours and theirs and ours != theirs)
-        if self._backend == "nccl" and not agreed:
-            raise TransferError("pair_down", "NCCL is asked for, and the two do not have a GPU each")
-        return agreed
+    def _choose(self, store: PairStore, rank: int) -> str:
+        """TransferError `incompatible`, on both sides, where there is nothing that both will have."""
+        ours = Offer(self._config.backend, self._device.type, self._shared_host, self._gpu())
+        store.set(f"offer/{rank}", ours.pack())
+        theirs = Offer.unpack(store.get(f"offer/{1 - rank}"))
+        return choose(ours, theirs) if rank == SENDER else choose(theirs, ours)
 
-    def _gpu(self) -> bytes:
+    def _shared_memory(self, store: PairStore, rank: int) -> Transport:
+        if rank == SENDER:
+            invitation = Invitation(self._config.max_staging_bytes)
+            with self._meeting(invitation.socket), invitation.socket:
+                store.set("memory", invitation.address)
+                return invitation.accept(self._timeout_s)
+        connection = socket.socket(socket.AF_UNIX)
+        with self._meeting(connection):
+            return visit(connection, store.get("memory"), self._timeout_s)
+
+    def _gpu(self) -> str:
         """What names this worker's GPU, on any machine; empty where it won't use NCCL."""
-        return str(torch.cuda.get_device_properties(self._device).uuid).encode() if self._with_nccl else b""
+        return str(torch.cuda.get_device_properties(self._device).uuid) if self._with_nccl else ""
 
     def _gloo_group(self, store: Any, rank: int) -> Any:
         options = dist.ProcessGroupGloo._Options()

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from core.clock import Clock
 from core.errors import TransferError
 from core.messages import TransferStats
@@ -69,7 +71,7 @@ class KVSender:
         self._changed = threading.Condition()
         self._sending: dict[AttemptKey, _Sending] = {}
         self._ledger: Ledger[SendState] = Ledger(config)
-        self._max_cells = MAX_PAYLOAD_BYTES // storage.layout.bytes_per_cell
+        self._max_cells = min(MAX_PAYLOAD_BYTES, config.max_staging_bytes) // storage.layout.bytes_per_cell
 
     def begin(self, ticket: Ticket, skipped_prefix: Sequence[int] = ()) -> None:
         """Open a transfer; the positions of `skipped_prefix` are there already and won't be sent.
@@ -191,19 +193,40 @@ class KVSender:
         return sending
 
     def _push(self, sending: _Sending, segment: Segment, block_ids: Sequence[int]) -> bool:
-        s = segment
-        data = self._storage.read(s.layer, block_ids, s.token_start, s.token_end, (s.kv_head_start, s.kv_head_end))
-        data = to_wire(data, self._storage.layout, sending.holding.ticket.kv_wire_dtype)
-        # on a GPU the checksum waits for the copy, so that the channel's thread may touch it from any stream
-        record = SegmentRecord(segment, data.numel(), checksum(data))
-        sending.records.append(record)
-        if sending.channel.put(Outgoing(Entry(sending.key, record), data), lambda: sending.holding.live):
-            return True
+        if (copied := self._copy(sending, segment, block_ids)) is not None:
+            payload, value, staged = copied
+            record = SegmentRecord(segment, payload.numel(), value)
+            sending.records.append(record)
+            outgoing = Outgoing(Entry(sending.key, record), payload, staged)
+            if sending.channel.put(outgoing, lambda: sending.holding.live):
+                return True
         if sending.channel.closed:
             self._fail(sending, "pair_down", "the channel has ended")
         else:
             self._fail(sending, "staging_full", "the channel took no more segments in time")
         return False
+
+    def _copy(self, sending: _Sending, segment: Segment, block_ids: Sequence[int]) -> tuple[Tensor, int, bool] | None:
+        """A segment's payload, its checksum, and whether it is staged; None where there was no room in time.
+
+        On a GPU the checksum waits for the copy, so that the channel's thread may touch it from any stream.
+        """
+        channel, s = sending.channel, segment
+        where = (s.layer, block_ids, s.token_start, s.token_end)
+        heads = (s.kv_head_start, s.kv_head_end)
+        layout, wire_dtype = self._storage.layout, sending.holding.ticket.kv_wire_dtype
+        if self._storage.device.type != "cpu" or layout.on_wire(wire_dtype) != layout:
+            payload = to_wire(self._storage.read(*where, heads), layout, wire_dtype)
+            return payload, checksum(payload), False
+        num_bytes = segment.num_cells * layout.bytes_per_cell
+        staged = channel.stage(num_bytes, lambda: sending.holding.live)
+        if staged is None:
+            return None
+        try:
+            return staged, self._storage.read_into(*where, staged, heads), True
+        except BaseException:
+            channel.unstage(staged)
+            raise
 
     def _fail(self, sending: _Sending, reason: str, message: str) -> None:
         with self._changed:

@@ -23,18 +23,23 @@ class Transport(Protocol):
     Messages arrive in order. No call outlasts its `timeout_s`; a call that fails leaves the connection broken.
     """
 
+    name: str
+    """What carries the payload."""
     payload_device: torch.device
-    """Where payload must lie to be sent or received."""
+    """Where payload must lie to be sent, and lies when received."""
+    memory: Tensor | None
+    """[N] uint8: the sender's, to stage payload in that then leaves without a copy; None where any memory will do."""
 
     def send_frame(self, frame: Tensor, timeout_s: float) -> None:
-        """Returns when the [FRAME_BYTES] uint8 CPU tensor may be reused: the peer has begun to take it."""
+        """Returns when the [FRAME_BYTES] uint8 CPU tensor may be reused, the peer having taken the one before it."""
 
     def receive_frame(self, frame: Tensor, timeout_s: float) -> None: ...
 
     def send_payload(self, payload: Tensor, timeout_s: float) -> None:
         """Returns when the 1-D uint8 tensor on `payload_device` may be reused."""
 
-    def receive_payload(self, payload: Tensor, timeout_s: float) -> None: ...
+    def receive_payload(self, num_bytes: int, timeout_s: float) -> Tensor:
+        """[num_bytes] uint8, to be read until the next call."""
 
     def abort(self) -> None:
         """Break the connection. Idempotent, from any thread; calls under way here and at the peer fail at once."""
@@ -55,7 +60,10 @@ class ProcessGroupTransport:
         """`gloo` and `nccl` are process groups of two; without `nccl` payload goes over gloo. `keep` lives as long."""
         self._gloo, self._nccl, self._peer, self._device, self._keep = gloo, nccl, peer, device, keep
         self._aborted = threading.Event()
+        self.name = "gloo" if nccl is None else "nccl"
         self.payload_device = device if nccl is not None else torch.device("cpu")
+        self.memory: Tensor | None = None
+        self._staging = torch.empty(0, dtype=torch.uint8, device=self.payload_device)
 
     def send_frame(self, frame: Tensor, timeout_s: float) -> None:
         self._run(self._gloo.send, frame, _FRAME_TAG, timeout_s)
@@ -69,11 +77,15 @@ class ProcessGroupTransport:
         else:
             self._run_nccl(self._nccl.send, payload, timeout_s)
 
-    def receive_payload(self, payload: Tensor, timeout_s: float) -> None:
+    def receive_payload(self, num_bytes: int, timeout_s: float) -> Tensor:
+        if num_bytes > self._staging.numel():
+            self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self.payload_device)
+        payload = self._staging[:num_bytes]
         if self._nccl is None:
             self._run(self._gloo.recv, payload, _PAYLOAD_TAG, timeout_s)
         else:
             self._run_nccl(self._nccl.recv, payload, timeout_s)
+        return payload
 
     def abort(self) -> None:
         if self._aborted.is_set():
@@ -117,7 +129,7 @@ def wants_nccl(backend: str, device: torch.device, available: bool) -> bool:
     possible = device.type == "cuda" and available
     if backend == "nccl" and not possible:
         raise ConfigError("transfer.backend", backend, "needs a CUDA device and a torch build with NCCL; use 'gloo'")
-    return possible and backend != "gloo"
+    return possible and backend in ("auto", "nccl")
 
 
 def first_sentence(error: Exception) -> str:

@@ -122,7 +122,7 @@ class Pair:
         for side in (self.sender, self.receiver):
             side.plane.connect(command)
         for side in (self.sender, self.receiver):
-            assert side.told.get(timeout=WAIT_S) == PairUp("p", "d", 1)
+            assert side.told.get(timeout=WAIT_S) == PairUp("p", "d", 1, "shm")
 
     def close(self) -> None:
         self.sender.plane.close()

@@ -74,7 +74,7 @@ def both(duo: Duo) -> Iterator[Both]:
     for router in (both.prefill, both.decode):
         router.say(duo.connect)
     for router in (both.prefill, both.decode):
-        assert router.next(PairUp) == PairUp("p", "d", 1)
+        assert router.next(PairUp) == PairUp("p", "d", 1, "shm")
     yield both
     duo.prefill.steps.resume()
     duo.decode.steps.resume()
@@ -401,5 +401,5 @@ def test_a_straggler_of_a_session_that_ended_is_passed_over(both: Both, duo: Duo
 def test_every_session_hears_of_the_pair(both: Both, duo: Duo) -> None:
     other = Router(duo.decode)
     both.decode.say(duo.connect)  # said again: only the outcome is repeated
-    assert both.decode.next(PairUp) == other.next(PairUp) == PairUp("p", "d", 1)
+    assert both.decode.next(PairUp) == other.next(PairUp) == PairUp("p", "d", 1, "shm")
     other.hang_up()

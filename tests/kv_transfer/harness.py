@@ -108,7 +108,8 @@ def connect(prefill: Worker, decode: Worker, epoch: int = 1) -> None:
     decode.plane.connect(to_decode)
     prefill.plane.connect(to_prefill)
     for worker in (prefill, decode):
-        assert worker.expect(PairUp) == PairUp(prefill.name, decode.name, epoch)
+        up = worker.expect(PairUp)
+        assert up == PairUp(prefill.name, decode.name, epoch, up.transport)
 
 
 @contextmanager

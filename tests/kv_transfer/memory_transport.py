@@ -76,7 +76,8 @@ class MemoryTransport:
     """One end of two wires."""
 
     def __init__(self, outward: Wire, inward: Wire) -> None:
-        self.payload_device = torch.device("cpu")
+        self.name, self.payload_device = "memory", torch.device("cpu")
+        self.memory: Tensor | None = None
         self._outward, self._inward = outward, inward
 
     def send_frame(self, frame: Tensor, timeout_s: float) -> None:
@@ -88,8 +89,10 @@ class MemoryTransport:
     def send_payload(self, payload: Tensor, timeout_s: float) -> None:
         self._outward.send(payload, timeout_s)
 
-    def receive_payload(self, payload: Tensor, timeout_s: float) -> None:
+    def receive_payload(self, num_bytes: int, timeout_s: float) -> Tensor:
+        payload = torch.empty(num_bytes, dtype=torch.uint8)
         self._inward.receive(payload, timeout_s)
+        return payload
 
     def abort(self) -> None:
         self._outward.break_()

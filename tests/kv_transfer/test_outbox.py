@@ -139,3 +139,32 @@ def test_closing_wakes_whoever_waits(full: bool) -> None:
     outbox.close()
     assert outbox.take(WAIT_S) is None
     assert not outbox.put(outgoing(), WAIT_S, always)
+
+
+def test_staged_payload_takes_the_outboxs_memory_until_it_has_left() -> None:
+    outbox = Outbox(1000, 250, torch.zeros(200, dtype=torch.uint8))
+    pieces = [outbox.stage(100, WAIT_S, always) for _ in range(2)]
+    assert outbox.stage(100, SOON_S, always) is None
+    for piece, name in zip(pieces, "ab", strict=True):
+        assert piece is not None
+        assert outbox.put(Outgoing(outgoing(transfer_id=name).entry, piece, staged=True), WAIT_S, always)
+    outbox.drop(("b", 1))
+    assert outbox.num_bytes == 100
+    again = outbox.stage(100, WAIT_S, always)
+    assert again is not None
+    outbox.unstage(again)
+    batch = outbox.take(0)
+    assert batch is not None
+    outbox.sent(batch)
+    assert outbox.num_bytes == 0
+
+
+@pytest.mark.parametrize("end", ["close", "unwanted"])
+def test_staged_payload_that_can_not_be_queued_is_given_back(end: str) -> None:
+    outbox = Outbox(1000, 250, torch.zeros(200, dtype=torch.uint8))
+    piece = outbox.stage(200, WAIT_S, always)
+    assert piece is not None
+    if end == "close":
+        outbox.close()
+    assert not outbox.put(Outgoing(outgoing(200).entry, piece, staged=True), WAIT_S, lambda: end == "close")
+    assert outbox.num_bytes == 0

@@ -6,17 +6,19 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from core.messages import Connect, PairDown, PairUp
 from core.ticket import Ticket
-from kv_transfer.config import TransferConfig
+from kv_transfer.config import Backend, TransferConfig
 from kv_transfer.events import TransferFailed
 from tests.kv_transfer.harness import Transfer, Worker, connect, layout, plane_threads, tickets
 from tests.kv_transfer.peer_process import Peer, peer
 
 CONFIG = TransferConfig(connect_timeout_s=5.0, silence_timeout_s=1.0, keepalive_s=0.3)
+BOTH = pytest.mark.parametrize("backend", ["shm", "gloo"])
 SLACK_S = 1.5
 """For a loaded machine."""
 
@@ -33,7 +35,8 @@ class Survivor:
         command = Connect(prefill, decode, epoch, address, layout())
         other.connect(command)
         self.worker.plane.connect(command)
-        assert self.worker.expect(PairUp) == PairUp(prefill, decode, epoch)
+        up = self.worker.expect(PairUp)
+        assert up == PairUp(prefill, decode, epoch, up.transport)
         assert other.is_up()
 
     def begin(self, other: Peer, epoch: int) -> Ticket:
@@ -63,8 +66,9 @@ def survivor(sends: bool, config: TransferConfig) -> Iterator[Survivor]:
 
 
 @pytest.mark.parametrize("sends", [True, False], ids=["decode dies", "prefill dies"])
-def test_a_killed_peer_is_known_within_two_seconds_and_may_come_back(sends: bool) -> None:
-    config = TransferConfig()
+@BOTH
+def test_a_killed_peer_is_known_within_two_seconds_and_may_come_back(backend: Backend, sends: bool) -> None:
+    config = TransferConfig(backend=backend)
     with survivor(sends, config) as living:
         with peer("first", config) as first:
             living.connect(first, 1)
@@ -86,8 +90,10 @@ def test_a_killed_peer_is_known_within_two_seconds_and_may_come_back(sends: bool
 
 
 @pytest.mark.parametrize("sends", [True, False], ids=["decode stops", "prefill stops"])
-def test_a_peer_that_is_stopped_is_given_up_after_its_silence(sends: bool) -> None:
-    with survivor(sends, CONFIG) as living, peer("stopped", CONFIG) as other:
+@BOTH
+def test_a_peer_that_is_stopped_is_given_up_after_its_silence(backend: Backend, sends: bool) -> None:
+    config = replace(CONFIG, backend=backend)
+    with survivor(sends, config) as living, peer("stopped", config) as other:
         living.connect(other, 1)
         ticket = living.begin(other, 1)
         stopped_at = time.monotonic()

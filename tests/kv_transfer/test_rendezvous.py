@@ -1,72 +1,101 @@
-"""Two workers that meet agree on what carries their payload."""
+"""Two workers that meet agree on what carries their payload, or say why they can't."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from core.errors import TransferError
 from core.messages import Connect
-from kv_transfer.config import TransferConfig
+from kv_transfer.config import Backend, TransferConfig
+from kv_transfer.pair_store import PairStore
 from kv_transfer.rendezvous import RECEIVER, SENDER, GroupRendezvous
+from kv_transfer.transport import Transport
 from tests.kv_transfer.harness import HOST, WAIT_S, layout
-
-QUICK = TransferConfig(connect_timeout_s=5)
 
 
 class Meeting:
     """A sender and a receiver that meet, with what each says of its GPU; NCCL groups are not made, only counted."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, sender_gpu: bytes, receiver_gpu: bytes) -> None:
+    def __init__(self, sides: tuple[GroupRendezvous, GroupRendezvous]) -> None:
         self.nccl_ranks: list[int] = []
-        self._sides = [GroupRendezvous(HOST, torch.device("cpu"), QUICK) for _ in range(2)]
-        for side, gpu in zip(self._sides, (sender_gpu, receiver_gpu), strict=True):
+        self.sides = sides
+
+    def gpus(self, monkeypatch: pytest.MonkeyPatch, *gpus: str) -> None:
+        for side, gpu in zip(self.sides, gpus, strict=True):
             monkeypatch.setattr(side, "_gpu", lambda gpu=gpu: gpu)
             monkeypatch.setattr(side, "_nccl_group", lambda store, rank: self.nccl_ranks.append(rank))
 
-    def ask_for_nccl(self, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(self._sides[side], "_backend", "nccl")
-
     def meet(self) -> list[str]:
-        """What came of it on each side."""
-        connect = Connect("p", "d", 1, self._sides[RECEIVER].address, layout())
+        """What carries the payload on each side, or why nothing does."""
+        connect = Connect("p", "d", 1, self.sides[RECEIVER].address, layout())
 
         def one(rank: int) -> str:
             try:
-                self._sides[rank].meet(connect, rank).abort()
+                transport = self.sides[rank].meet(connect, rank)
             except TransferError as error:
-                return str(error)
-            return "met"
+                return f"{error.reason}: {error}"
+            transport.abort()
+            return transport.name
 
         with ThreadPoolExecutor(2) as pool:
-            outcomes = list(pool.map(one, (SENDER, RECEIVER), timeout=WAIT_S))
-        for side in self._sides:
+            return list(pool.map(one, (SENDER, RECEIVER), timeout=WAIT_S))
+
+
+@contextmanager
+def meeting(sender: Backend = "auto", receiver: Backend = "auto") -> Iterator[Meeting]:
+    configs = [TransferConfig(backend=backend, connect_timeout_s=5) for backend in (sender, receiver)]
+    sides = [GroupRendezvous(HOST, torch.device("cpu"), config) for config in configs]
+    try:
+        yield Meeting((sides[0], sides[1]))
+    finally:
+        for side in sides:
             side.close()
-        return outcomes
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver", "carrier"),
+    [("auto", "auto", "shm"), ("shm", "auto", "shm"), ("gloo", "auto", "gloo"), ("auto", "gloo", "gloo")],
+)
+def test_workers_of_one_host_share_memory_unless_told_otherwise(
+    sender: Backend, receiver: Backend, carrier: str
+) -> None:
+    with meeting(sender, receiver) as both:
+        assert both.meet() == [carrier, carrier]
 
 
 @pytest.mark.parametrize(
     ("sender_gpu", "receiver_gpu", "ranks"),
-    [
-        (b"GPU-1", b"GPU-2", [SENDER, RECEIVER]),
-        (b"GPU-1", b"GPU-1", []),
-        (b"GPU-1", b"", []),
-        (b"", b"GPU-1", []),
-        (b"", b"", []),
-    ],
+    [("GPU-1", "GPU-2", [SENDER, RECEIVER]), ("GPU-1", "GPU-1", []), ("GPU-1", "", []), ("", "", [])],
 )
 def test_payload_goes_over_nccl_only_between_two_gpus(
-    monkeypatch: pytest.MonkeyPatch, sender_gpu: bytes, receiver_gpu: bytes, ranks: list[int]
+    monkeypatch: pytest.MonkeyPatch, sender_gpu: str, receiver_gpu: str, ranks: list[int]
 ) -> None:
-    meeting = Meeting(monkeypatch, sender_gpu, receiver_gpu)
-    assert meeting.meet() == ["met", "met"]
-    assert sorted(meeting.nccl_ranks) == ranks
+    with meeting() as both:
+        for side in both.sides:
+            monkeypatch.setattr(side, "_shared_host", "")
+        both.gpus(monkeypatch, sender_gpu, receiver_gpu)
+        assert both.meet() == ["gloo", "gloo"]  # the NCCL group that would stand beside it is not made here
+        assert sorted(both.nccl_ranks) == ranks
 
 
-def test_who_insists_on_nccl_does_not_get_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting = Meeting(monkeypatch, b"GPU-1", b"")
-    meeting.ask_for_nccl(SENDER, monkeypatch)
-    assert "NCCL is asked for" in meeting.meet()[SENDER]
-    assert meeting.nccl_ranks == []
+def test_both_sides_of_an_impossible_pair_say_why() -> None:
+    with meeting("gloo", "shm") as both:
+        reason = "incompatible: transfer.backend is gloo on the sender's side and shm on the receiver's"
+        assert both.meet() == [reason, reason]
+
+
+def test_closing_ends_a_meeting_over_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The receiver has said that it will come, and does not."""
+    with meeting() as both:
+
+        def stay_away(_store: PairStore, _rank: int) -> Transport:
+            both.sides[SENDER].close()
+            raise OSError("no")
+
+        monkeypatch.setattr(both.sides[RECEIVER], "_shared_memory", stay_away)
+        assert "the peer did not come" in both.meet()[SENDER]

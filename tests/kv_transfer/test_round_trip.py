@@ -1,18 +1,19 @@
-"""What arrives is what was sent, over real process groups."""
+"""What arrives is what was sent, over shared memory and real process groups."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from core.messages import TransferStats
-from kv_transfer.config import TransferConfig
+from kv_transfer.config import Backend, TransferConfig
 from kv_transfer.events import TransferReady
 from kv_transfer.frame import MAX_PAYLOAD_BYTES
-from tests.kv_transfer.harness import Transfer, connect, layout, pair
+from tests.kv_transfer.harness import QUICK, Transfer, connect, layout, pair
 
 
 @pytest.mark.parametrize(
@@ -20,9 +21,13 @@ from tests.kv_transfer.harness import Transfer, connect, layout, pair
     [("float32", "heads"), ("bfloat16", "heads"), ("float16", "heads"), ("int8", "heads"), ("bfloat16", "latent")],
 )
 @pytest.mark.parametrize(("ours", "theirs"), [(4, 4), (16, 4), (3, 8)])
-def test_chunks_arrive_bit_by_bit_whatever_the_block_sizes(dtype: str, kind: str, ours: int, theirs: int) -> None:
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_chunks_arrive_bit_by_bit_whatever_the_block_sizes(
+    backend: Backend, dtype: str, kind: str, ours: int, theirs: int
+) -> None:
+    config = replace(QUICK, backend=backend)
     shapes = tuple(layout(block_size=size, dtype=dtype, kind=kind) for size in (ours, theirs))
-    with pair(prefill_layout=shapes[0], decode_layout=shapes[1]) as (prefill, decode):
+    with pair(config=config, prefill_layout=shapes[0], decode_layout=shapes[1]) as (prefill, decode):
         transfer = Transfer(prefill, decode, 37)
         before, blocks = decode.snapshot(), set(transfer.target)
         transfer.begin()

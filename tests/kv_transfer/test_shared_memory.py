@@ -1,0 +1,120 @@
+"""Memory that two workers share: written by one, read by the other, and gone with both."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import TransferError
+from kv_transfer.frame import FRAME_BYTES, MAX_PAYLOAD_BYTES
+from kv_transfer.shared_memory import Invitation, SharedMemoryTransport, visit
+
+WAIT_S = 10.0
+SIZE = 1 << 20
+
+
+@contextmanager
+def joined() -> Iterator[tuple[SharedMemoryTransport, SharedMemoryTransport]]:
+    """A sender and a receiver."""
+    invitation = Invitation(SIZE)
+    with ThreadPoolExecutor(1) as pool, invitation.socket:
+        accepted = pool.submit(invitation.accept, WAIT_S)
+        receiver = visit(socket.socket(socket.AF_UNIX), invitation.address, WAIT_S)
+        sender = accepted.result(WAIT_S)
+    try:
+        yield sender, receiver
+    finally:
+        sender.abort()
+        receiver.abort()
+
+
+def frame(value: int = 0) -> torch.Tensor:
+    return torch.full((FRAME_BYTES,), value, dtype=torch.uint8)
+
+
+def send(sender: SharedMemoryTransport, payload: torch.Tensor) -> None:
+    sender.send_frame(frame(1), WAIT_S)
+    sender.send_payload(payload, WAIT_S)
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_payload_arrives_staged_or_not(staged: bool) -> None:
+    with joined() as (sender, receiver), ThreadPoolExecutor(1) as pool:
+        assert sender.memory is not None
+        payload = torch.randint(256, (1000,), dtype=torch.uint8)
+        place = sender.memory[SIZE - 1000 :]
+        sent = pool.submit(send, sender, place.copy_(payload) if staged else payload)
+        receiver.receive_frame(frame(), WAIT_S)
+        assert torch.equal(receiver.receive_payload(1000, WAIT_S), payload)
+        receiver.send_frame(frame(), WAIT_S)
+        assert not sent.done()  # the memory is the receiver's to read until it comes for the next
+        with pytest.raises(TransferError):
+            receiver.receive_frame(frame(), 0.01)
+        with pytest.raises(TransferError):
+            sent.result(WAIT_S)
+
+
+def test_a_sender_has_its_memory_back_when_the_receiver_comes_for_more() -> None:
+    with joined() as (sender, receiver), ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(send, sender, torch.zeros(8, dtype=torch.uint8))
+        receiver.receive_frame(frame(), WAIT_S)
+        receiver.receive_payload(8, WAIT_S)
+        more = pool.submit(sender.send_frame, frame(7), WAIT_S)
+        received = frame()
+        receiver.receive_frame(received, WAIT_S)
+        sent.result(WAIT_S)
+        more.result(WAIT_S)
+        assert torch.equal(received, frame(7))
+
+
+def test_a_receiver_that_takes_nothing_is_noticed_at_the_second_frame() -> None:
+    with joined() as (sender, _):
+        sender.send_frame(frame(), WAIT_S)
+        with pytest.raises(TransferError, match="timed out"):
+            sender.send_frame(frame(), 0.05)
+
+
+def test_an_abort_wakes_both_ends() -> None:
+    with joined() as (sender, receiver), ThreadPoolExecutor(2) as pool:
+        receiving = pool.submit(receiver.receive_frame, frame(), WAIT_S)
+        sending = pool.submit(send, sender, torch.zeros(8, dtype=torch.uint8))
+        sender.abort()
+        for waiting in (receiving, sending):
+            with pytest.raises(TransferError):
+                waiting.result(WAIT_S)
+
+
+@pytest.mark.parametrize("place", [(0, 7), (SIZE + MAX_PAYLOAD_BYTES - 4, 8), (1 << 60, 8)])
+def test_payload_outside_of_the_memory_is_refused(place: tuple[int, int]) -> None:
+    with joined() as (sender, receiver):
+        sender._connection.sendall(place[0].to_bytes(8, "little") + place[1].to_bytes(8, "little"))
+        with pytest.raises(TransferError, match="are not the 8 of the frame"):
+            receiver.receive_payload(8, WAIT_S)
+
+
+def test_the_receiver_can_not_write_the_memory() -> None:
+    with joined() as (sender, receiver):
+        child = os.fork()
+        if child == 0:  # a write must end it
+            signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+            receiver._region[0] = 1
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGSEGV
+        assert sender._region[0] == 0
+
+
+def test_no_descriptor_and_no_file_is_left() -> None:
+    files, descriptors = set(Path("/dev/shm").iterdir()), len(list(Path("/proc/self/fd").iterdir()))
+    with joined() as (sender, receiver):
+        assert set(Path("/dev/shm").iterdir()) == files
+    del sender, receiver
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
