@@ -108,7 +108,12 @@ def _print_status(info: Any) -> None:
         console.print()
         pairs = Table("prefill", "decode", "epoch", "channel", box=None)
         for p in info.pairs:
-            pairs.add_row(p.prefill_worker, p.decode_worker, str(p.epoch), "up" if p.up else f"down: {p.reason}")
+            pairs.add_row(
+                p.prefill_worker,
+                p.decode_worker,
+                str(p.epoch),
+                f"up over {p.transport}" if p.up else f"down: {p.reason}",
+            )
         console.print(pairs)
 
 

@@ -215,8 +215,10 @@ def worker_message(events: Sequence[Event], load: Load) -> worker_pb2.WorkerMess
 
 def _event(event: Event) -> worker_pb2.Event:
     match event:
-        case PairUp(prefill, decode, epoch):
-            up = worker_pb2.PairUp(prefill_incarnation=prefill, decode_incarnation=decode, epoch=epoch)
+        case PairUp(prefill, decode, epoch, transport):
+            up = worker_pb2.PairUp(
+                prefill_incarnation=prefill, decode_incarnation=decode, epoch=epoch, transport=transport
+            )
             return worker_pb2.Event(pair_up=up)
         case PairDown(prefill, decode, epoch, reason, permanent):
             down = worker_pb2.PairDown(

@@ -27,13 +27,14 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class PairInfo:
-    """`reason` says why a pair is not up; empty where it is. Workers are named by their ids."""
+    """`reason` says why a pair is not up, `transport` what carries its payload while it is. Workers by their ids."""
 
     prefill_worker: str
     decode_worker: str
     epoch: int
     up: bool
     reason: str = ""
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)

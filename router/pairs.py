@@ -39,6 +39,7 @@ class Pair:
     reason: str = "not connected yet"
     num_failures: int = 0
     up_since_s: float = 0.0
+    transport: str = ""
 
     @property
     def up(self) -> bool:
@@ -88,6 +89,7 @@ class PairTable:
         pair.answered.add(sender)
         if pair.answered >= {pair.prefill.incarnation, pair.decode.incarnation}:
             pair.state, pair.reason, pair.up_since_s = PairState.UP, "", now_s
+            pair.transport = event.transport
 
     def answer_down(self, event: PairDown, now_s: float) -> bool:
         """Whether this took down the pair's latest channel; a word about an older one changes nothing."""
@@ -129,3 +131,4 @@ class PairTable:
         wait_s = min(self._config.pair_backoff_s * 2**pair.num_failures, self._config.max_pair_backoff_s)
         pair.num_failures = min(pair.num_failures + 1, 32)
         pair.state, pair.reason, pair.due_s = PairState.WAITING, reason, now_s + wait_s
+        pair.transport = ""

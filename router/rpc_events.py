@@ -186,7 +186,7 @@ def _tokens(event: pb.StepTokens) -> StepTokens:
 
 
 _EVENTS: dict[str, Callable[[Any], Event]] = {
-    "pair_up": lambda e: PairUp(e.prefill_incarnation, e.decode_incarnation, e.epoch),
+    "pair_up": lambda e: PairUp(e.prefill_incarnation, e.decode_incarnation, e.epoch, e.transport),
     "pair_down": lambda e: PairDown(e.prefill_incarnation, e.decode_incarnation, e.epoch, e.reason, e.permanent),
     "reserved": lambda e: Reserved((e.transfer_id, e.attempt), e.num_skipped_tokens),
     "refused": lambda e: Refused((e.transfer_id, e.attempt), e.reason),

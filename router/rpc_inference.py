@@ -219,4 +219,5 @@ def _pair(pair: PairInfo) -> pb.PairInfo:
         epoch=pair.epoch,
         up=pair.up,
         reason=pair.reason,
+        transport=pair.transport,
     )

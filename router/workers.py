@@ -197,7 +197,7 @@ class Workers:
 
     def describe_pairs(self) -> tuple[PairInfo, ...]:
         return tuple(
-            PairInfo(pair.prefill.worker_id, pair.decode.worker_id, pair.epoch, pair.up, pair.reason)
+            PairInfo(pair.prefill.worker_id, pair.decode.worker_id, pair.epoch, pair.up, pair.reason, pair.transport)
             for pair in self._pairs
         )
 

@@ -134,13 +134,14 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class PairInfo:
-    """The KV channel from one worker to another. `reason` says why it is not `up`."""
+    """The KV channel from one worker to another. `reason` says why it is not `up`; `transport` is shm, nccl or gloo."""
 
     prefill_worker: str
     decode_worker: str
     epoch: int
     up: bool
     reason: str
+    transport: str
 
 
 @dataclass(frozen=True, slots=True)

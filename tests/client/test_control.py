@@ -57,7 +57,7 @@ def test_server_info_tells_workers_and_pairs(sdk: Sdk, server: FakeServer) -> No
             WorkerInfo("p0", "i1", WorkerRole.PREFILL, "", True, False, 0, 0, 64, 0, "cpu"),
             WorkerInfo("x0", "", WorkerRole.OTHER, "", False, False, 0, 0, 0, 0, ""),
         ),
-        pairs=(PairInfo("p0", "d0", 3, False, "peer lost"),),
+        pairs=(PairInfo("p0", "d0", 3, False, "peer lost", ""),),
     )
 
 

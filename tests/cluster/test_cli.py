@@ -200,7 +200,7 @@ PREFILL = worker("prefill-0", pb.WORKER_ROLE_PREFILL)
 DECODE = worker("decode-0", pb.WORKER_ROLE_DECODE)
 MIXED = worker("mixed-0", pb.WORKER_ROLE_MIXED)
 LOST = worker("mixed-0", pb.WORKER_ROLE_MIXED, connected=False)
-UP = pb.PairInfo(prefill_worker="prefill-0", decode_worker="decode-0", epoch=2, up=True)
+UP = pb.PairInfo(prefill_worker="prefill-0", decode_worker="decode-0", epoch=2, up=True, transport="shm")
 DOWN = pb.PairInfo(prefill_worker="prefill-0", decode_worker="decode-0", epoch=2, reason="no peer")
 
 
@@ -220,6 +220,12 @@ def test_status_tells_by_its_code_whether_the_cluster_can_serve(
     got = answer(capsys, "status", "--target", server.target, code=code)
     assert [w["worker_id"] for w in got["workers"]] == [w.worker_id for w in workers]
     assert [pair["up"] for pair in got["pairs"]] == [pair.up for pair in pairs]
+
+
+def test_status_shows_what_carries_a_pairs_payload(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answers.server = pb.GetServerInfoResponse(model="tiny", workers=[PREFILL, DECODE], pairs=[UP])
+    assert main(["status", "--target", server.target]) == 0
+    assert "up over shm" in capsys.readouterr().out
 
 
 def test_status_shows_workers_and_why_a_pair_is_down(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,6 +215,21 @@ def test_the_end_of_one_pair_does_not_touch_another() -> None:
         assert prefill.silent()
 
 
+def test_a_pair_that_no_transport_suits_is_down_for_good_and_says_why() -> None:
+    prefill = Worker("p", layout(), dataclasses.replace(QUICK, backend="gloo"))
+    decode = Worker("d", layout(), dataclasses.replace(QUICK, backend="shm"))
+    try:
+        for worker, command in zip((prefill, decode), connects(prefill, decode, 1), strict=True):
+            worker.plane.connect(command)
+        for worker in (prefill, decode):
+            down = worker.expect(PairDown)
+            assert down.permanent
+            assert down.reason == "transfer.backend is gloo on the sender's side and shm on the receiver's"
+    finally:
+        prefill.plane.close()
+        decode.plane.close()
+
+
 def test_what_has_come_completely_outlives_its_pair() -> None:
     with pair() as (prefill, decode):
         whole, partial = Transfer(prefill, decode, 8), Transfer(prefill, decode, 8)

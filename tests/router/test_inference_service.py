@@ -293,7 +293,7 @@ async def test_the_model_is_described(doors: FrontDoors, stub: Stub) -> None:
 async def test_the_server_tells_of_its_workers_and_pairs(doors: FrontDoors, stub: Stub) -> None:
     load = Load(num_running=2, num_waiting=1, num_free_blocks=90)
     worker = WorkerInfo("p0", "p0-1", WorkerRole.PREFILL, "h:1", True, True, load, 100, 8, 3, "cpu")
-    pair = PairInfo("p0", "d0", 4, up=False, reason="connecting")
+    pair = PairInfo("p0", "d0", 4, up=True, transport="shm")
     doors.dispatcher.cluster = ClusterInfo((worker,), (pair,), num_queued=6, num_running=7)
     doors.clock.advance(2.5)
     info = await stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=WAIT_S)
@@ -311,7 +311,7 @@ async def test_the_server_tells_of_its_workers_and_pairs(doors: FrontDoors, stub
         num_free_blocks=90,
         device="cpu",
     )
-    assert info.pairs[0] == pb.PairInfo(prefill_worker="p0", decode_worker="d0", epoch=4, reason="connecting")
+    assert info.pairs[0] == pb.PairInfo(prefill_worker="p0", decode_worker="d0", epoch=4, up=True, transport="shm")
 
 
 async def test_many_streams_at_once_keep_apart(doors: FrontDoors, stub: Stub) -> None:

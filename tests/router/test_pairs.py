@@ -71,6 +71,16 @@ def test_it_takes_both_answers_to_be_up() -> None:
     assert only(pairs).reason == ""
 
 
+def test_a_pair_tells_its_transport_while_it_is_up() -> None:
+    pairs = table()
+    pairs.due(0.0)
+    for sender in ("p", "d"):
+        pairs.answer_up(sender, PairUp("p", "d", 1, "shm"), 0.0)
+    assert only(pairs).transport == "shm"
+    fail(pairs, 0.0)
+    assert only(pairs).transport == ""
+
+
 def test_an_answer_to_an_older_epoch_does_not_count() -> None:
     pairs = table()
     pairs.due(0.0)

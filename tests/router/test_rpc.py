@@ -136,7 +136,10 @@ COMMANDS: list[tuple[Command, pb.Command]] = [
 
 KEY = ("t", 2)
 EVENTS: list[tuple[pb.Event, Event]] = [
-    (pb.Event(pair_up=pb.PairUp(prefill_incarnation="p", decode_incarnation="d", epoch=7)), PairUp("p", "d", 7)),
+    (
+        pb.Event(pair_up=pb.PairUp(prefill_incarnation="p", decode_incarnation="d", epoch=7, transport="shm")),
+        PairUp("p", "d", 7, "shm"),
+    ),
     (
         pb.Event(
             pair_down=pb.PairDown(

@@ -744,12 +744,15 @@ class PairInfo(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     UP_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    TRANSPORT_FIELD_NUMBER: builtins.int
     prefill_worker: builtins.str
     decode_worker: builtins.str
     epoch: builtins.int
     up: builtins.bool
     reason: builtins.str
     """why it is not up"""
+    transport: builtins.str
+    """what carries its payload while it is up: shm, nccl, gloo"""
     def __init__(
         self,
         *,
@@ -758,7 +761,8 @@ class PairInfo(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         up: builtins.bool = ...,
         reason: builtins.str = ...,
+        transport: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["decode_worker", b"decode_worker", "epoch", b"epoch", "prefill_worker", b"prefill_worker", "reason", b"reason", "up", b"up"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_worker", b"decode_worker", "epoch", b"epoch", "prefill_worker", b"prefill_worker", "reason", b"reason", "transport", b"transport", "up", b"up"]) -> None: ...
 
 Global___PairInfo: typing_extensions.TypeAlias = PairInfo

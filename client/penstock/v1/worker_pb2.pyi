@@ -828,17 +828,21 @@ class PairUp(google.protobuf.message.Message):
     PREFILL_INCARNATION_FIELD_NUMBER: builtins.int
     DECODE_INCARNATION_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    TRANSPORT_FIELD_NUMBER: builtins.int
     prefill_incarnation: builtins.str
     decode_incarnation: builtins.str
     epoch: builtins.int
+    transport: builtins.str
+    """what carries the payload: shm, nccl, gloo"""
     def __init__(
         self,
         *,
         prefill_incarnation: builtins.str = ...,
         decode_incarnation: builtins.str = ...,
         epoch: builtins.int = ...,
+        transport: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["decode_incarnation", b"decode_incarnation", "epoch", b"epoch", "prefill_incarnation", b"prefill_incarnation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_incarnation", b"decode_incarnation", "epoch", b"epoch", "prefill_incarnation", b"prefill_incarnation", "transport", b"transport"]) -> None: ...
 
 Global___PairUp: typing_extensions.TypeAlias = PairUp
 
@@ -856,7 +860,7 @@ class PairDown(google.protobuf.message.Message):
     epoch: builtins.int
     reason: builtins.str
     permanent: builtins.bool
-    """the two can never pair (layouts differ)"""
+    """the two can never pair (models or layouts differ, or no transport suits both)"""
     def __init__(
         self,
         *,
