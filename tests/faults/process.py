@@ -28,7 +28,6 @@ from kv_transfer.events import Notify
 from kv_transfer.plane import KVPlane
 from kv_transfer.rendezvous import GroupRendezvous, Rendezvous
 from kv_transfer.transport import Transport
-from tests.faults.namespace import enter_namespace
 
 SOCKET = "PENSTOCK_TEST_STEPS"
 
@@ -126,7 +125,6 @@ def start(arguments: list[str], spec: str) -> tuple[Started, process.Process]:
         return process.start(arguments, spec)
     process.prepare_for_torch()
     parsed = from_json(WorkerSpec, spec)
-    enter_namespace(parsed.worker_id)
     faults = Faults(parsed.worker_id, os.environ[SOCKET])
 
     def make_plane(
