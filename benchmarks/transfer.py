@@ -1,0 +1,119 @@
+"""What carrying KV costs, between two processes of this machine.
+
+    python -m benchmarks.transfer [--quick] [--json] [--output FILE]
+
+Links: the whole way of a prompt's KV, up to the word that decode may begin (out of the cache, over, into blocks, every
+byte under a checksum, compared with the commit record), beside the least that could be done. For shared memory that is
+one copy of the same bytes in memory; for gloo, gloo alone with messages of the same size. Beside a real model: what
+sending costs its prefill, and what of it is not hidden behind it (`transfer_prefill`).
+
+More is better in every row; `ratio` is value / peer, and a row is `ok` where that reaches the target. Values are
+medians; ours and the peer's are taken in turns, so that both see the same machine. With --json all that is printed is
+one object, {"rows": [...]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.rows import Row
+from benchmarks.transfer_link import CPU, Load, in_turns, link
+from benchmarks.transfer_prefill import prefill_rows
+from core.kv_layout import KVLayout
+from engine.kv_storage import KVStorage
+
+MIB = 1 << 20
+LAYOUT = KVLayout("bench", "", num_layers=8, num_kv_heads=8, head_size=128, block_size=16, dtype="float32")
+MAX_OVERHEAD_S = 0.003
+
+
+def load_of(segment_mib: int) -> Load:
+    return Load(LAYOUT, segment_mib * MIB // LAYOUT.bytes_per_token_per_layer)
+
+
+def filled_storage(load: Load) -> KVStorage:
+    storage = KVStorage(load.layout, len(load.blocks), CPU)
+    payload = torch.rand(load.segment_bytes // 4).view(torch.uint8)
+    for layer in range(load.layout.num_layers):
+        storage.write(layer, load.blocks, 0, load.num_tokens, payload)
+    return storage
+
+
+def shared_memory_rows(num_mib: int, num_repeats: int) -> list[Row]:
+    """`num_mib`: the large segments; those of 1 MiB are always measured."""
+    rows, storage = [], filled_storage(load_of(num_mib))
+    source, target = (torch.ones(load_of(num_mib).num_bytes, dtype=torch.uint8) for _ in range(2))
+    with link(storage, "shm") as ours:
+        for mib in (num_mib, 1):
+            load = load_of(mib)
+            pieces = range(0, load.num_bytes, load.segment_bytes)
+
+            def memcpy(load: Load = load, pieces: range = pieces) -> float:
+                started_at = time.perf_counter()
+                for start in pieces:
+                    target[start : start + load.segment_bytes].copy_(source[start : start + load.segment_bytes])
+                return time.perf_counter() - started_at
+
+            taken, copied = in_turns(num_repeats, partial(ours.transfer, load), memcpy)
+            size = load.num_bytes / MIB
+            target_ratio = 0.8 if mib == num_mib else 0.0
+            name = f"shared memory, segments of {mib} MiB"
+            rows.append(Row.of(name, size / taken, "MiB/s", target_ratio, size / copied, detail="peer: one memcpy"))
+        taken = in_turns(num_repeats * 10, partial(ours.reserve_and_transfer, Load(LAYOUT, 1)))[0]
+        detail = f"{1000 * taken:.2f} ms, with {LAYOUT.num_layers} tiny segments; commands by pipe, no router"
+        rows.append(Row.of("reserve and commit", 1 / taken, "1/s", 1 / MAX_OVERHEAD_S, detail=detail))
+    return rows
+
+
+def gloo_rows(num_mib: int, num_repeats: int) -> list[Row]:
+    rows, storage = [], filled_storage(load_of(num_mib))
+    payload = torch.ones(load_of(num_mib).segment_bytes, dtype=torch.uint8)
+    with link(storage, "gloo") as ours:
+        for mib, target in ((num_mib, 0.85), (1, 0.6)):
+            load = load_of(mib)
+            taken, alone = in_turns(num_repeats, partial(ours.transfer, load), partial(ours.gloo, payload, load))
+            size = load.num_bytes / MIB
+            name = f"gloo, segments of {mib} MiB"
+            rows.append(Row.of(name, size / taken, "MiB/s", target, size / alone, detail="peer: gloo alone"))
+    return rows
+
+
+def run(num_mib: int, num_repeats: int) -> list[Row]:
+    torch.set_num_threads(1)
+    rows = shared_memory_rows(num_mib, num_repeats) + gloo_rows(num_mib, num_repeats)
+    return rows + prefill_rows(num_repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few repetitions: within 50 s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--output", type=Path, help="a file for the results")
+    arguments = parser.parse_args()
+    rows = [asdict(row) for row in run(16, 5 if arguments.quick else 25)]
+    if arguments.output is not None:
+        command = f"python -m benchmarks.transfer{' --quick' if arguments.quick else ''}"
+        result = {"command": command, "date": date.today().isoformat(), "machine": machine(), "rows": rows}
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
+        return
+    for row in rows:
+        peer = "" if row["peer"] is None else f"peer {row['peer']:,.4g}, ratio {row['ratio']:.3f}, "
+        verdict = "ok" if row["ok"] else "missed"
+        print(f"{row['name']:48} {row['value']:>10,.4g} {row['unit']:9} {peer}target {row['target']:.3g}: {verdict}")
+        if row["detail"]:
+            print(f"    {row['detail']}")
+
+
+if __name__ == "__main__":
+    main()

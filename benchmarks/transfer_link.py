@@ -1,0 +1,190 @@
+"""A prefill worker in this process, a decode worker in another, and what one measures between them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from core.kv_layout import KVLayout
+from core.messages import Connect, PairUp
+from core.ticket import Ticket
+from engine.kv_storage import KVStorage
+from kv_transfer.config import Backend, TransferConfig
+from kv_transfer.events import KVEvent, TransferReady
+from kv_transfer.plane import KVPlane
+from kv_transfer.rendezvous import RECEIVER, SENDER, GroupRendezvous
+
+HOST, WAIT_S = "127.0.0.1", 60.0
+CPU = torch.device("cpu")
+PAIR = ("prefill", "decode")
+ARRIVED_S = 0.02
+"""Long enough for segments to arrive that were sent before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A segment of `num_tokens` tokens for each layer of a layout."""
+
+    layout: KVLayout
+    num_tokens: int
+
+    @property
+    def segment_bytes(self) -> int:
+        return self.num_tokens * self.layout.bytes_per_token_per_layer
+
+    @property
+    def num_bytes(self) -> int:
+        return self.layout.num_layers * self.segment_bytes
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(range(-(-self.num_tokens // self.layout.block_size)))
+
+
+class Worker:
+    """A KV plane over a cache."""
+
+    def __init__(self, name: str, storage: KVStorage, backend: Backend) -> None:
+        self.name, self.storage = name, storage
+        self.events: queue.SimpleQueue[KVEvent] = queue.SimpleQueue()
+        config = TransferConfig(backend=backend, silence_timeout_s=30)  # the machine may be busy
+        self.plane = KVPlane(name, storage, HOST, config, time.monotonic, self.events.put)
+        self.rendezvous = GroupRendezvous(HOST, CPU, TransferConfig(backend="gloo"))
+
+    def connect(self, plane_address: str, gloo_address: str) -> None:
+        """With the other worker; `gloo` is a link beside the plane's."""
+        self.plane.connect(Connect(*PAIR, 1, plane_address, self.storage.layout))
+        if not isinstance(event := self.events.get(timeout=WAIT_S), PairUp):
+            raise RuntimeError(event)
+        rank = SENDER if self.name == PAIR[0] else RECEIVER
+        self.gloo = self.rendezvous.meet(Connect(*PAIR, 1, gloo_address, self.storage.layout), rank)
+
+    def close(self) -> None:
+        self.gloo.abort()
+        self.rendezvous.close()
+        self.plane.close()
+
+
+def receive(pipe: Connection, layout: KVLayout, num_blocks: int, backend: Backend) -> None:
+    """The decode worker: obeys `(load, ticket)`, where no ticket means gloo alone, until the pipe ends."""
+    torch.set_num_threads(1)
+    worker = Worker(PAIR[1], KVStorage(layout, num_blocks, CPU), backend)
+    pipe.send((worker.plane.address, worker.rendezvous.address))
+    worker.connect(worker.plane.address, worker.rendezvous.address)
+    receiver = worker.plane.receiver
+    while command := pipe.recv():
+        load, ticket = command
+        if ticket is None:
+            for _ in range(load.layout.num_layers):
+                worker.gloo.receive_payload(load.segment_bytes, WAIT_S)
+        else:
+            receiver.begin(ticket, load.blocks, load.num_tokens)
+            pipe.send(None)
+            receiver.accept(ticket.key, pipe.recv(), WAIT_S)
+            if not isinstance(event := worker.events.get(timeout=WAIT_S), TransferReady):
+                raise RuntimeError(event)
+            receiver.release(ticket.key)
+        pipe.send(None)
+    worker.close()
+
+
+class Sending:
+    """One request's way, from the side of the prefill worker."""
+
+    def __init__(self, worker: Worker, pipe: Connection, load: Load, number: int) -> None:
+        self._worker, self._pipe, self._load = worker, pipe, load
+        self._ticket = Ticket("r", 1, f"transfer-{number}", *PAIR, 1)
+        pipe.send((load, self._ticket))
+        pipe.recv()
+        worker.plane.sender.begin(self._ticket)
+
+    def push(self, layer: int) -> None:
+        load = self._load
+        self._worker.plane.sender.push(self._ticket.key, layer, 0, load.num_tokens, load.blocks)
+
+    def finish(self) -> None:
+        """Commit, and wait for the other side's word that decode may begin."""
+        sender = self._worker.plane.sender
+        self._pipe.send(sender.commit(self._ticket.key, [0] * self._load.num_tokens))
+        self._pipe.recv()
+        sender.release(self._ticket.key)
+
+
+class Link:
+    """The prefill worker, in this process."""
+
+    def __init__(self, worker: Worker, pipe: Connection) -> None:
+        self._worker, self._pipe, self._num_transfers = worker, pipe, 0
+
+    def begin(self, load: Load) -> Sending:
+        self._num_transfers += 1
+        return Sending(self._worker, self._pipe, load, self._num_transfers)
+
+    def transfer(self, load: Load) -> float:
+        """Seconds from the first layer to the word that all has come and is right."""
+        sending = self.begin(load)
+        started_at = time.perf_counter()
+        for layer in range(load.layout.num_layers):
+            sending.push(layer)
+        sending.finish()
+        return time.perf_counter() - started_at
+
+    def reserve_and_transfer(self, load: Load) -> float:
+        """`transfer`, with the time to reserve before it."""
+        started_at = time.perf_counter()
+        self.transfer(load)
+        return time.perf_counter() - started_at
+
+    def last_segment(self, load: Load) -> float:
+        """Seconds from the last layer to that word, where all others have come before."""
+        sending = self.begin(load)
+        for layer in range(load.layout.num_layers - 1):
+            sending.push(layer)
+        time.sleep(ARRIVED_S)
+        started_at = time.perf_counter()
+        sending.push(load.layout.num_layers - 1)
+        sending.finish()
+        return time.perf_counter() - started_at
+
+    def gloo(self, payload: torch.Tensor, load: Load) -> float:
+        """Seconds for the same bytes over gloo alone, to the other side's word that they have come."""
+        self._pipe.send((load, None))
+        started_at = time.perf_counter()
+        for _ in range(load.layout.num_layers):
+            self._worker.gloo.send_payload(payload[: load.segment_bytes], WAIT_S)
+        self._pipe.recv()
+        return time.perf_counter() - started_at
+
+
+@contextmanager
+def link(storage: KVStorage, backend: Backend) -> Iterator[Link]:
+    """From `storage` to a process with one like it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (theirs, storage.layout, storage.num_blocks, backend)
+    process = context.Process(target=receive, args=arguments, daemon=True)
+    process.start()
+    theirs.close()
+    worker = Worker(PAIR[0], storage, backend)
+    try:
+        worker.connect(*ours.recv())
+        yield Link(worker, ours)
+        ours.send(None)
+        process.join(WAIT_S)
+    finally:
+        process.kill()
+        worker.close()
+
+
+def in_turns(num_repeats: int, *measures: Callable[[], float]) -> list[float]:
+    """Medians. The first turn warms up and does not count."""
+    turns = [[measure() for measure in measures] for _ in range(num_repeats + 1)][1:]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]

@@ -1,0 +1,133 @@
+"""What sending KV costs a prefill of a real model, and what of it is not hidden behind computing."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.peer_engines import VARIABLE
+from benchmarks.rows import Row
+from benchmarks.transfer_link import Link, Load, link
+from core.sampling import SamplingParams
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.plan import Plan, PlanEntry
+
+NAME = "llama-120m"
+PROMPTS = (64, 512, 2048)
+"""Tokens; targets are set from 512 on."""
+QUICK_REPEATS = 5
+TARGET_TOKENS, MAX_STEP_TOKENS = 512, 2048
+MAX_EXPOSED_BESIDE_LAST_S = 0.002
+MAX_SLOW_DOWN = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Medians, in seconds."""
+
+    alone_s: float
+    """The step with nothing to send."""
+    step_s: float
+    """The same step while its KV leaves."""
+    exposed_s: float
+    """From the end of the step to the word that decode may begin."""
+    last_s: float
+    """From the last layer to that word, where all others have come before."""
+
+
+def prefill_rows(num_repeats: int) -> list[Row]:
+    rows = []
+    with model_folder() as folder:
+        config = EngineConfig(
+            num_blocks=MAX_STEP_TOKENS // 16, max_num_batched_tokens=MAX_STEP_TOKENS, num_threads=1, dtype="float32"
+        )
+        engine = Engine.from_checkpoint(folder, config)
+        with link(engine.storage, "auto") as ours:
+            for num_tokens in PROMPTS if num_repeats > QUICK_REPEATS else PROMPTS[:-1]:
+                num = max(3, min(num_repeats, num_repeats * TARGET_TOKENS // num_tokens))
+                rows += rows_of(num_tokens, measure(engine, ours, num_tokens, num))
+    return rows
+
+
+def rows_of(num_tokens: int, measured: Measured) -> list[Row]:
+    wanted = num_tokens >= TARGET_TOKENS
+    allowed_s = measured.last_s + MAX_EXPOSED_BESIDE_LAST_S
+    exposed = (
+        f"{1000 * measured.exposed_s:.2f} ms; the last segment's own time is {1000 * measured.last_s:.2f} ms, and "
+        f"{1000 * MAX_EXPOSED_BESIDE_LAST_S:g} ms more are allowed"
+    )
+    slow_down = f"{100 * (measured.step_s / measured.alone_s - 1):+.1f} %: peer is the same step with nothing to send"
+    return [
+        Row.of(
+            f"{NAME}, {num_tokens} tokens: KV that is not hidden",
+            1 / measured.exposed_s,
+            "1/s",
+            1.0 if wanted else 0.0,
+            1 / allowed_s,
+            detail=exposed,
+        ),
+        Row.of(
+            f"{NAME}, {num_tokens} tokens: prefill while KV leaves",
+            num_tokens / measured.step_s,
+            "tokens/s",
+            1 - MAX_SLOW_DOWN if wanted else 0.0,
+            num_tokens / measured.alone_s,
+            detail=slow_down,
+        ),
+    ]
+
+
+def measure(engine: Engine, ours: Link, num_tokens: int, num_repeats: int) -> Measured:
+    """The three in turns; the first turn does not count."""
+    load = Load(engine.layout, num_tokens)
+    turns = []
+    for _ in range(num_repeats + 1):
+        started_at = time.perf_counter()
+        engine.runner.run(prompt(load))
+        alone_s = time.perf_counter() - started_at
+        sending = ours.begin(load)
+        started_at = time.perf_counter()
+        engine.runner.run(prompt(load), sending.push)
+        ended_at = time.perf_counter()
+        sending.finish()
+        turns.append((alone_s, ended_at - started_at, time.perf_counter() - ended_at, ours.last_segment(load)))
+    return Measured(*(statistics.median(times) for times in zip(*turns[1:], strict=True)))
+
+
+def prompt(load: Load) -> Plan:
+    """One step that computes a whole prompt and draws a token."""
+    token_ids = tuple(torch.randint(5, 1000, (load.num_tokens,)).tolist())
+    return Plan((PlanEntry("prompt", token_ids, 0, load.blocks, SamplingParams(max_tokens=1, temperature=0.0)),))
+
+
+@contextmanager
+def model_folder() -> Iterator[Path]:
+    """Of the peers' folder, or a random model of that size."""
+    peers = os.environ.get(VARIABLE)
+    if peers is not None and (folder := Path(peers) / "models" / NAME).exists():
+        yield folder
+        return
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    )
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as made:
+        LlamaForCausalLM(config).save_pretrained(made)
+        yield Path(made)
