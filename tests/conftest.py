@@ -3,6 +3,11 @@
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import settings
+
+# An example that waits for a core is no failure: machines are shared. pytest's own timeout stands.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session")
