@@ -1,7 +1,5 @@
 """How long streams stand still after `kill -9` of the decode worker that writes them.
 
-    python -m benchmarks.recovery --json
-
 One prefill and two decode workers as processes of this machine. Requests run on both decode workers; the one with more
 of them is killed. Beside the longest gap that any of its streams shows stands the time that the survivors need to read
 again, at once, what those streams had come to: that much is not the recovery's doing.
@@ -9,16 +7,14 @@ again, at once, what those streams had come to: that much is not the recovery's 
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.rows import Row
@@ -119,19 +115,3 @@ def recovery_rows() -> list[Row]:
         ),
         Row.of("streams identical to the undisturbed run", num_right / NUM_STREAMS, "of 1", 1.0),
     ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a line a row")
-    arguments = parser.parse_args()
-    rows = recovery_rows()
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows]))
-        return
-    for row in rows:
-        print(f"{row.name}: {row.value:.2f} {row.unit} (target {row.target:g}) {row.detail}")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,8 @@
 Links: the whole way of a prompt's KV, up to the word that decode may begin (out of the cache, over, into blocks, every
 byte under a checksum, compared with the commit record), beside the least that could be done. For shared memory that is
 one copy of the same bytes in memory; for gloo, gloo alone with messages of the same size. Beside a real model: what
-sending costs its prefill, and what of it is not hidden behind it (`transfer_prefill`).
+sending costs its prefill, and what of it is not hidden behind it (`transfer_prefill`). And, but for a quick run, what
+the death of a decode worker costs the streams that it wrote (`recovery`).
 
 More is better in every row; `ratio` is value / peer, and a row is `ok` where that reaches the target. Values are
 medians; ours and the peer's are taken in turns, so that both see the same machine. With --json all that is printed is
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import machine
+from benchmarks.recovery import recovery_rows
 from benchmarks.rows import Row
 from benchmarks.transfer_link import CPU, Load, in_turns, link
 from benchmarks.transfer_prefill import prefill_rows
@@ -87,10 +89,10 @@ def gloo_rows(num_mib: int, num_repeats: int) -> list[Row]:
     return rows
 
 
-def run(num_mib: int, num_repeats: int) -> list[Row]:
+def run(num_mib: int, num_repeats: int, *, with_recovery: bool = False) -> list[Row]:
     torch.set_num_threads(1)
-    rows = shared_memory_rows(num_mib, num_repeats) + gloo_rows(num_mib, num_repeats)
-    return rows + prefill_rows(num_repeats)
+    rows = shared_memory_rows(num_mib, num_repeats) + gloo_rows(num_mib, num_repeats) + prefill_rows(num_repeats)
+    return rows + (recovery_rows() if with_recovery else [])
 
 
 def main() -> None:
@@ -99,9 +101,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--output", type=Path, help="a file for the results")
     arguments = parser.parse_args()
-    rows = [asdict(row) for row in run(16, 5 if arguments.quick else 25)]
+    quick = arguments.quick
+    rows = [asdict(row) for row in run(16, 5 if quick else 25, with_recovery=not quick)]
     if arguments.output is not None:
-        command = f"python -m benchmarks.transfer{' --quick' if arguments.quick else ''}"
+        command = f"python -m benchmarks.transfer{' --quick' if quick else ''}"
         result = {"command": command, "date": date.today().isoformat(), "machine": machine(), "rows": rows}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     if arguments.json:
