@@ -67,14 +67,16 @@ class Trio:
 @pytest.fixture(scope="module")
 def trio() -> Iterator[Trio]:
     duo, alone = Duo(), Running("m", WorkerRole.MIXED)
-    trio = Trio(duo, Router(duo.prefill), Router(duo.decode), Router(alone))
-    for router in (trio.prefill, trio.decode):
-        router.say(duo.connect)
-    for router in (trio.prefill, trio.decode):
-        assert router.next(PairUp) == PairUp("p", "d", 1)
-    yield trio
-    duo.close()
-    alone.close()
+    try:
+        trio = Trio(duo, Router(duo.prefill), Router(duo.decode), Router(alone))
+        for router in (trio.prefill, trio.decode):
+            router.say(duo.connect)
+        for router in (trio.prefill, trio.decode):
+            assert router.next(PairUp) == PairUp("p", "d", 1, transport="shm")
+        yield trio
+    finally:  # threads left behind would fail the tests that count them
+        duo.close()
+        alone.close()
 
 
 def prompts() -> list[tuple[int, ...]]:

@@ -121,6 +121,12 @@ class Link:
     closed: bool = False
     outbox: deque[Outgoing] = field(default_factory=deque)
 
+    def stage(self, num_bytes: int, wanted: Callable[[], bool]) -> Tensor | None:
+        return torch.empty(num_bytes, dtype=torch.uint8) if wanted() and not self.closed else None
+
+    def unstage(self, payload: Tensor) -> None:
+        """Staging is as large as it is asked for."""
+
     def put(self, outgoing: Outgoing, wanted: Callable[[], bool]) -> bool:
         if self.closed or not wanted():
             return False
