@@ -90,6 +90,28 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """Show where the time of one request went, running or finished, as a timeline."""
+
+    request_id: Annotated[str, tyro.conf.Positional]
+    """As `generate --json` prints it, or the id of an answer of the OpenAI API."""
+    target: str = DEFAULT_TARGET
+    """host:port of the router's gRPC."""
+    json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """Show why one request went to the workers it went to, attempt by attempt."""
+
+    request_id: Annotated[str, tyro.conf.Positional]
+    """As `generate --json` prints it, or the id of an answer of the OpenAI API."""
+    target: str = DEFAULT_TARGET
+    """host:port of the router's gRPC."""
+    json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """Load a running cluster with random prompts and report latencies and throughput.
 
@@ -127,11 +149,14 @@ class BenchEngine:
     """Print one JSON object instead of a table."""
 
 
+Subcommand = Demo | Serve | Generate | Status | Trace | Explain | Bench
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Trace, tyro.conf.subcommand("trace")]
+    | Annotated[Explain, tyro.conf.subcommand("explain")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
@@ -147,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def parse(arguments: list[str]) -> Demo | Serve | Generate | Status | Bench | BenchEngine:
+def parse(arguments: list[str]) -> Subcommand | BenchEngine:
     """The command with its values; exits with usage where flags are wrong. Raises ConfigError."""
     if arguments[:2] == ["bench", "engine"]:
         return tyro.cli(BenchEngine, args=arguments[2:], prog="penstock bench engine")
@@ -157,7 +182,7 @@ def parse(arguments: list[str]) -> Demo | Serve | Generate | Status | Bench | Be
     return tyro.cli(Command, args=arguments, prog="penstock")
 
 
-def run(command: Demo | Serve | Generate | Status | Bench | BenchEngine) -> int:
+def run(command: Subcommand | BenchEngine) -> int:
     """Import what the command needs and nothing else: `status` loads neither Ray nor torch."""
     match command:
         case Demo():

@@ -1,4 +1,4 @@
-"""The subcommands that talk to a running cluster: `generate`, `status` and `bench`. They load neither Ray nor torch."""
+"""The subcommands that talk to a running cluster: they load neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from core.errors import UnavailableError
+from core.errors import UnavailableError, UnknownRequestError
 from penstock import Client
 from penstock.errors import PenstockError as ClientError
 
 if TYPE_CHECKING:
     from benchmarks.load import Summary
-    from cluster.cli import Bench, Generate, Status
+    from cluster.cli import Bench, Explain, Generate, Status, Trace
 
 
-def run(command: Generate | Status | Bench) -> int:
+def run(command: Generate | Status | Trace | Explain | Bench) -> int:
     """Run the command; the exit code. Errors of the SDK come out as ours."""
-    from cluster.cli import Generate, Status
+    from cluster.cli import Explain, Generate, Status, Trace
 
     try:
         match command:
@@ -29,6 +29,8 @@ def run(command: Generate | Status | Bench) -> int:
                 return generate(command)
             case Status():
                 return status(command)
+            case Trace() | Explain():
+                return request_trace(command)
             case _:
                 return bench(command)
     except ClientError as error:
@@ -115,6 +117,24 @@ def _print_status(info: Any) -> None:
                 f"up over {p.transport}" if p.up else f"down: {p.reason}",
             )
         console.print(pairs)
+
+
+def request_trace(command: Trace | Explain) -> int:
+    """0 where the router still knows the request, else 1."""
+    from cluster import timeline
+    from cluster.cli import Trace
+
+    with Client(command.target) as client:
+        trace = client.request_trace(command.request_id)
+    if trace is None:
+        message = f"request_id: got {command.request_id!r}, which this router never had, or has forgotten"
+        raise UnknownRequestError(message)
+    if command.json:
+        print(json.dumps(asdict(trace)))
+    else:
+        show = timeline.print_timeline if isinstance(command, Trace) else timeline.print_reasons
+        show(trace, Console(highlight=False))
+    return 0
 
 
 def bench(command: Bench) -> int:

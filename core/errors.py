@@ -53,6 +53,12 @@ class UnknownModelError(PenstockError):
         super().__init__(f"model: got {model!r}, must be one of {', '.join(map(repr, served))}")
 
 
+class UnknownRequestError(PenstockError):
+    """Nothing is known, or known any more, of a request of this id."""
+
+    code = ErrorCode.NOT_FOUND
+
+
 class OverloadedError(PenstockError):
     """Refused now; worth trying again after `retry_after_s`."""
 

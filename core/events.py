@@ -13,6 +13,7 @@ class LifecycleEvent(Enum):
     RESERVED = "reserved"
     PREFILL_SENT = "prefill_sent"
     FIRST_TOKEN = "first_token"
+    RESUMED = "resumed"  # instead, where an earlier attempt had brought it
     ACCEPTED = "accepted"
     FIRST_DECODE_TOKEN = "first_decode_token"
     FINISHED = "finished"

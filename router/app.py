@@ -23,9 +23,12 @@ from router.generation import Generator
 from router.health import Health
 from router.http_server import HttpServer
 from router.inference_service import SERVICE, InferenceService, add_to_server
-from router.observer import MetricsObserver, cluster_sample
+from router.observer import MetricsObserver, Observers, cluster_sample
 from router.openai_http import MAX_BODY_BYTES, OpenAIApi
 from router.registry_service import RegistryService
+from router.rpc_traces import SERVICE as TRACES
+from router.rpc_traces import TraceService
+from router.traces import TraceRecorder
 from router.validation import Validator
 from router.workers import Workers
 from telemetry.metrics import Metrics
@@ -69,7 +72,10 @@ class RouterApp:
         self.metrics = Metrics(model.name)
         self.workers = Workers(config.sessions, router_id=router_id, clock=clock, fingerprint=model.fingerprint or None)
         self._health = Health(lambda: self.dispatcher.can_serve, [SERVICE])
-        observer = MetricsObserver(self.metrics, self._health.on_change)
+        name_of = self.workers.name_of
+        recorder = TraceRecorder(config.max_request_traces, clock=clock, wall_clock=wall_clock, name_of=name_of)
+        self._traces = TraceService(recorder, clock)
+        observer = Observers(MetricsObserver(self.metrics, self._health.on_change, name_of), recorder)
         self.dispatcher = Dispatcher(config.dispatch, workers=self.workers, clock=clock, observer=observer)
         self.metrics.watch_cluster(lambda: cluster_sample(self.dispatcher.info()))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -116,6 +122,7 @@ class RouterApp:
             generator=self._generator,
             dispatcher=self.dispatcher,
             metrics=self.metrics.render,
+            trace=self._traces.as_json,
             wall_clock=self._wall_clock,
             draw_bits=self._draw_bits,
             version=self._version,
@@ -135,8 +142,9 @@ class RouterApp:
         )
         add_to_server(service, server)
         RegistryService(self.workers).add_to(server)
+        self._traces.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE, REGISTRY, health.SERVICE, reflection.SERVICE_NAME)
+        names = (SERVICE, REGISTRY, TRACES, health.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         host, wanted = self._config.host, self._config.grpc_port
         try:

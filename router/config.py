@@ -88,6 +88,8 @@ class RouterConfig:
     """HTTP: the OpenAI API, /health and /metrics."""
     kv_wire_dtype: WireDtype = "auto"
     """How K and V travel for requests that don't say: auto as the cache holds them, int8 rounded. Not exact."""
+    max_request_traces: int = 1024
+    """Requests that `penstock trace` and `penstock explain` can still tell of: the last ones, about 2 KB each."""
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     sessions: SessionConfig = field(default_factory=SessionConfig)
 
@@ -95,6 +97,8 @@ class RouterConfig:
         for name in ("grpc_port", "http_port"):
             if not 0 <= getattr(self, name) < 65536:
                 raise ConfigError(f"router.{name}", getattr(self, name), "must be a port, or 0 for a free one")
+        if self.max_request_traces < 1:
+            raise ConfigError("router.max_request_traces", self.max_request_traces, "must be >= 1")
         if self.kv_wire_dtype not in ("auto", "int8"):
             raise ConfigError("router.kv_wire_dtype", self.kv_wire_dtype, "must be one of 'auto', 'int8'")
 

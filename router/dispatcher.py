@@ -174,6 +174,7 @@ class Dispatcher:
         if entry.stats.ttft_s is None:
             entry.stats.queue_s = now_s - entry.arrived_s
         self.counts.placements.update(placement.reasons)
+        entry.placement = placement
         entry.request.advance(RequestState.RUNNING)
         self._ledger.note(entry, LifecycleEvent.PLACED, now_s)
         self._flow.start(entry, placement.route)

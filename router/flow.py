@@ -236,6 +236,8 @@ class AttemptFlow:
         if entry.stats.ttft_s is None:
             entry.stats.ttft_s = now_s - entry.arrived_s
             self._ledger.note(entry, LifecycleEvent.FIRST_TOKEN, now_s)
+        else:
+            self._ledger.note(entry, LifecycleEvent.RESUMED, now_s)
         told = Told((event.first_token_id,), event.logprobs, event.prompt_logprobs)
         if not self._deliver(entry, told, now_s):
             return
@@ -275,11 +277,13 @@ class AttemptFlow:
     def _on_released(self, hold: Hold, event: Released) -> None:
         if event.transfer:
             add_transfer(hold.entry, event.transfer)
+            self._ledger.note_transfer(hold.entry, hold.ticket, event.transfer)
         self._drop(hold)
         if not hold.closing:
             self._fail(hold.entry, "released", "the worker let go without being told to", hold.incarnation)
 
     def _on_failed(self, hold: Hold, event: AttemptFailed) -> None:
+        self._ledger.note_worker_failure(hold.entry, hold.incarnation, event.reason)
         self._drop(hold)
         if not hold.closing:
             self._fail(hold.entry, event.reason, event.message, hold.incarnation)

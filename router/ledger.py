@@ -14,10 +14,11 @@ from typing import Protocol
 
 from core.errors import IntegrityError, PenstockError
 from core.events import LifecycleEvent
-from core.messages import Load, Work
+from core.messages import Load, TransferStats, Work
 from core.request import FinishReason, Request
 from core.stats import RequestStats
 from core.ticket import AttemptKey, Ticket
+from router.policy import Placement
 from router.stream import RequestStream
 
 
@@ -96,7 +97,8 @@ class Entry:
 
     `seq` is its place in the queue, kept over retries. Each ticket gets the next `num_attempts`; only failed ones, not
     refused ones, are `num_failures`. `refusals` are the loads of workers that had no room, `refusal` is the reason the
-    last one gave. Tokens streamed so far are `request.output_token_ids`.
+    last one gave. `placement` is the current attempt's, or the last one's. Tokens streamed so far are
+    `request.output_token_ids`.
     """
 
     request: Request
@@ -108,6 +110,7 @@ class Entry:
     num_attempts: int = 0
     num_failures: int = 0
     failure: Failure | None = None
+    placement: Placement | None = None
     avoid: set[str] = field(default_factory=set)
     refusals: dict[str, Load] = field(default_factory=dict)
     refusal: str = ""
@@ -155,10 +158,17 @@ class Observer(Protocol):
     """Telemetry's view of the router. Called on the event loop; must not wait."""
 
     def on_event(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None:
-        """At RETRIED `entry.failure`, at REFUSED `entry.refusal`, at FAILED `entry.error` say why."""
+        """At RETRIED `entry.failure`, at REFUSED `entry.refusal`, at FAILED `entry.error` say why; at PLACED
+        `entry.placement`."""
 
     def on_tokens(self, entry: Entry, num_tokens: int, gap_s: float) -> None:
         """Tokens came for a request that had some, `gap_s` after those."""
+
+    def on_transfer(self, entry: Entry, ticket: Ticket, transfer: TransferStats) -> None:
+        """The prefill worker told the figures of an attempt's transfer: maybe after the request ended."""
+
+    def on_worker_failure(self, entry: Entry, incarnation: str, reason: str) -> None:
+        """A worker gave up an attempt by itself: maybe one that the router had left."""
 
     def on_cluster_change(self) -> None:
         """Workers or pairs came or went."""
@@ -170,6 +180,10 @@ class Silent:
     def on_event(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None: ...
 
     def on_tokens(self, entry: Entry, num_tokens: int, gap_s: float) -> None: ...
+
+    def on_transfer(self, entry: Entry, ticket: Ticket, transfer: TransferStats) -> None: ...
+
+    def on_worker_failure(self, entry: Entry, incarnation: str, reason: str) -> None: ...
 
     def on_cluster_change(self) -> None: ...
 
@@ -195,6 +209,12 @@ class Ledger:
         if entry.last_token_s is not None:
             self._observer.on_tokens(entry, num_tokens, now_s - entry.last_token_s)
         entry.last_token_s = now_s
+
+    def note_transfer(self, entry: Entry, ticket: Ticket, transfer: TransferStats) -> None:
+        self._observer.on_transfer(entry, ticket, transfer)
+
+    def note_worker_failure(self, entry: Entry, incarnation: str, reason: str) -> None:
+        self._observer.on_worker_failure(entry, incarnation, reason)
 
     def end(self, entry: Entry) -> None:
         """The stream has ended; the entry goes when nothing is held for it any more."""

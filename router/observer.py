@@ -5,18 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from core.events import LifecycleEvent
+from core.messages import TransferStats
+from core.ticket import Ticket
 from router.info import ClusterInfo
-from router.ledger import Entry
+from router.ledger import Entry, Observer
 from telemetry.cluster import ClusterSample, WorkerSample
 from telemetry.metrics import Metrics
 
 
-class MetricsObserver:
-    """`on_cluster_change` is passed on to whom it concerns."""
+class Observers:
+    """Several observers as one."""
 
-    def __init__(self, metrics: Metrics, on_cluster_change: Callable[[], None]) -> None:
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def on_event(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None:
+        for observer in self._observers:
+            observer.on_event(entry, event, now_s)
+
+    def on_tokens(self, entry: Entry, num_tokens: int, gap_s: float) -> None:
+        for observer in self._observers:
+            observer.on_tokens(entry, num_tokens, gap_s)
+
+    def on_transfer(self, entry: Entry, ticket: Ticket, transfer: TransferStats) -> None:
+        for observer in self._observers:
+            observer.on_transfer(entry, ticket, transfer)
+
+    def on_worker_failure(self, entry: Entry, incarnation: str, reason: str) -> None:
+        for observer in self._observers:
+            observer.on_worker_failure(entry, incarnation, reason)
+
+    def on_cluster_change(self) -> None:
+        for observer in self._observers:
+            observer.on_cluster_change()
+
+
+class MetricsObserver:
+    """`on_cluster_change` is passed on to whom it concerns; `name_of` gives the worker's id of an incarnation."""
+
+    def __init__(self, metrics: Metrics, on_cluster_change: Callable[[], None], name_of: Callable[[str], str]) -> None:
         self._metrics = metrics
         self._pass_on = on_cluster_change
+        self._name_of = name_of
 
     def on_event(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None:  # noqa: ARG002 - durations are in stats
         match event:
@@ -27,7 +57,8 @@ class MetricsObserver:
             case LifecycleEvent.REFUSED:
                 self._metrics.on_refusal(entry.refusal)
             case LifecycleEvent.RETRIED if entry.failure:
-                self._metrics.on_retry(entry.failure.reason)
+                computed = entry.num_tokens - 1 if entry.stats.ttft_s is not None else 0
+                self._metrics.on_retry(entry.failure.reason, num_recomputed_tokens=computed)
             case LifecycleEvent.FINISHED if entry.finish_reason:
                 self._metrics.on_success(entry.finish_reason.value, entry.stats)
             case LifecycleEvent.CANCELLED | LifecycleEvent.FAILED if entry.error:
@@ -35,6 +66,13 @@ class MetricsObserver:
 
     def on_tokens(self, entry: Entry, num_tokens: int, gap_s: float) -> None:  # noqa: ARG002
         self._metrics.on_tokens(num_tokens, gap_s)
+
+    def on_transfer(self, entry: Entry, ticket: Ticket, transfer: TransferStats) -> None:  # noqa: ARG002
+        pair = self._name_of(ticket.prefill_incarnation), self._name_of(ticket.decode_incarnation)
+        self._metrics.transfers.on_transfer(*pair, transfer.num_bytes, transfer.transfer_s, transfer.exposed_s)
+
+    def on_worker_failure(self, entry: Entry, incarnation: str, reason: str) -> None:  # noqa: ARG002
+        self._metrics.transfers.on_worker_failure(self._name_of(incarnation), reason)
 
     def on_cluster_change(self) -> None:
         self._pass_on()

@@ -31,7 +31,8 @@ _PATH = re.compile(r"\w+")
 
 
 class OpenAIApi:
-    """`wall_clock` is seconds since 1970; `draw_bits(k)` gives k random bits, for ids; `metrics` is an exposition."""
+    """`wall_clock` is seconds since 1970; `draw_bits(k)` gives k random bits, for ids; `metrics` is an exposition,
+    `trace` what is known of a request by its id."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class OpenAIApi:
         generator: Generator,
         dispatcher: RequestDispatcher,
         metrics: Callable[[], bytes],
+        trace: Callable[[str], Json | None],
         wall_clock: Callable[[], float],
         draw_bits: Callable[[int], int],
         version: str,
@@ -50,6 +52,7 @@ class OpenAIApi:
         self._generator = generator
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._trace = trace
         self._wall_clock = wall_clock
         self._draw_bits = draw_bits
         self._version = version
@@ -64,6 +67,7 @@ class OpenAIApi:
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/version", self.version, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
+        app.add_api_route("/requests/{request_id}/trace", self.request_trace, methods=["GET"])
         app.add_exception_handler(PenstockError, _on_error)
         app.add_exception_handler(HTTPException, _on_error)
         app.add_exception_handler(ClientDisconnect, _on_error)
@@ -119,6 +123,14 @@ class OpenAIApi:
 
     async def metrics(self) -> Response:
         return Response(self._metrics(), media_type=CONTENT_TYPE)
+
+    async def request_trace(self, request_id: str) -> Response:
+        """As `penstock trace --json` prints it; 404 where nothing is known of the request."""
+        trace = self._trace(request_id)
+        if trace is None:
+            message = f"request_id: got {request_id!r}, which this router never had, or has forgotten"
+            return json_response(openai_error(message, ErrorCode.NOT_FOUND.openai_type, "request_id"), 404)
+        return json_response(trace)
 
     def _model_object(self) -> Json:
         limit = self._dispatcher.max_model_len or self._model.max_model_len

@@ -139,6 +139,10 @@ class Workers:
         assert session is not None
         return session.hello
 
+    def name_of(self, incarnation: str) -> str:
+        """Its worker's id; empty where the incarnation is not known any more."""
+        return next((name for name, worker in self._by_id.items() if worker.incarnation == incarnation), "")
+
     def load(self, incarnation: str) -> Load | None:
         """What a worker last said of itself; None where it is not connected."""
         worker = self._connected.get(incarnation)

@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 
 from core.stats import RequestStats
 from telemetry.cluster import ClusterCollector, ClusterSample
+from telemetry.transfers import TransferMetrics
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 ENGINE = "0"
@@ -29,6 +30,7 @@ class Metrics:
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self.transfers = TransferMetrics(self.registry)
         self._model_name = model_name
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token")
         self._gap = self._histogram("vllm:inter_token_latency_seconds", "Gap between two tokens", GAP_BUCKETS)
@@ -47,10 +49,14 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=self.registry,
         )
-        self._kv_bytes = self._own("penstock_kv_transfer_bytes", "KV cache carried from prefill to decode")
         self._requests = self._own("penstock_requests", "Requests by how they ended", "outcome")
         self._attempts = self._own("penstock_attempts", "Times that a request was given to workers")
         self._retries = self._own("penstock_retries", "Attempts that failed and were made again", "reason")
+        self._recomputed = self._own(
+            "penstock_recomputed_tokens",
+            "Tokens that had K and V when an attempt failed; what a prefix cache still holds is not computed again",
+            "reason",
+        )
         self._refusals = self._own("penstock_refusals", "Times that a worker had no room", "reason")
 
     def watch_cluster(self, sample: Callable[[], ClusterSample]) -> None:
@@ -69,8 +75,9 @@ class Metrics:
     def on_refusal(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
 
-    def on_retry(self, reason: str) -> None:
+    def on_retry(self, reason: str, *, num_recomputed_tokens: int = 0) -> None:
         self._retries.labels(reason).inc()
+        self._recomputed.labels(reason).inc(num_recomputed_tokens)
 
     def on_first_token(self, num_prompt_tokens: int, ttft_s: float) -> None:
         self._prompt_tokens.inc(num_prompt_tokens)
@@ -117,7 +124,6 @@ class Metrics:
         for stage, duration_s in durations_s.items():
             if duration_s is not None:
                 self._stages.labels(stage).observe(duration_s)
-        self._kv_bytes.inc(stats.kv_bytes or 0)
 
     # ---- construction
 

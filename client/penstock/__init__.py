@@ -23,6 +23,7 @@ from penstock.errors import (
     UnavailableError,
 )
 from penstock.sampling import Sampling
+from penstock.traces import AttemptTrace, RequestTrace, Span
 from penstock.types import (
     Delta,
     FinishReason,
@@ -40,6 +41,7 @@ from penstock.types import (
 __all__ = [
     "AsyncClient",
     "AsyncGeneration",
+    "AttemptTrace",
     "AuthenticationError",
     "Client",
     "DeadlineExceededError",
@@ -55,8 +57,10 @@ __all__ = [
     "PairInfo",
     "PenstockError",
     "RequestCancelledError",
+    "RequestTrace",
     "Sampling",
     "ServerInfo",
+    "Span",
     "Stats",
     "TokenLogprobs",
     "UnavailableError",

@@ -13,13 +13,17 @@ import grpc
 from penstock.base import ClientBase, GenerationBase
 from penstock.errors import RequestCancelledError
 from penstock.progress import Progress
-from penstock.rpc import event_of, model_description, server_info
+from penstock.rpc import event_of, model_description, request_trace, server_info
+from penstock.traces import RequestTrace
 from penstock.types import Delta, ModelDescription, ServerInfo
 from penstock.v1 import inference_pb2 as pb
+from penstock.v1 import trace_pb2
 from penstock.v1.inference_pb2_grpc import InferenceStub
+from penstock.v1.trace_pb2_grpc import TracesStub
 
 if TYPE_CHECKING:
     from penstock.v1.inference_pb2_grpc import InferenceAsyncStub
+    from penstock.v1.trace_pb2_grpc import TracesAsyncStub
 
     Call = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
 
@@ -116,13 +120,17 @@ class AsyncClient(ClientBase[AsyncGeneration]):
 
     @property
     def _stub(self) -> InferenceAsyncStub:
+        return self._stubs[0]
+
+    @property
+    def _stubs(self) -> tuple[InferenceAsyncStub, TracesAsyncStub]:
         if self._channel is None:
             if self._credentials is None:
                 self._channel = grpc.aio.insecure_channel(self.target, self._options)
             else:
                 self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
-            self._inference = InferenceStub(self._channel)
-        return self._inference
+            self._made = InferenceStub(self._channel), TracesStub(self._channel)
+        return self._made
 
     def _generation(self, request: pb.GenerateRequest, progress: Progress) -> AsyncGeneration:
         def start() -> Call:
@@ -143,6 +151,12 @@ class AsyncClient(ClientBase[AsyncGeneration]):
     async def server_info(self) -> ServerInfo:
         """What the server is, how busy, and on which workers."""
         return server_info(await self._ask(self._stub.GetServerInfo, pb.GetServerInfoRequest()))
+
+    async def request_trace(self, request_id: str) -> RequestTrace | None:
+        """Where the time of a request went and why it went where it did, while it runs and for some time after. None
+        where the server knows of none of this id, or no longer does."""
+        wire = trace_pb2.GetRequestTraceRequest(request_id=request_id)
+        return request_trace(await self._ask(self._stubs[1].GetRequestTrace, wire, request_id))
 
     async def _ask(
         self, method: grpc.aio.UnaryUnaryMultiCallable[Req, Res], request: Req, request_id: str | None = None

@@ -11,10 +11,13 @@ import grpc
 
 from penstock.base import ClientBase, GenerationBase
 from penstock.progress import Progress
-from penstock.rpc import event_of, model_description, server_info
+from penstock.rpc import event_of, model_description, request_trace, server_info
+from penstock.traces import RequestTrace
 from penstock.types import Delta, ModelDescription, ServerInfo
 from penstock.v1 import inference_pb2 as pb
+from penstock.v1 import trace_pb2
 from penstock.v1.inference_pb2_grpc import InferenceStub
+from penstock.v1.trace_pb2_grpc import TracesStub
 
 
 class Call(Iterator[pb.GenerateResponse], Protocol):
@@ -101,7 +104,7 @@ class Client(ClientBase[Generation]):
             self._channel = grpc.insecure_channel(self.target, self._options)
         else:
             self._channel = grpc.secure_channel(self.target, self._credentials, self._options)
-        self._stub = InferenceStub(self._channel)
+        self._stub, self._traces = InferenceStub(self._channel), TracesStub(self._channel)
 
     def _generation(self, request: pb.GenerateRequest, progress: Progress) -> Generation:
         def start() -> Call:
@@ -120,6 +123,12 @@ class Client(ClientBase[Generation]):
     def server_info(self) -> ServerInfo:
         """What the server is, how busy, and on which workers."""
         return server_info(self._ask(self._stub.GetServerInfo, pb.GetServerInfoRequest()))
+
+    def request_trace(self, request_id: str) -> RequestTrace | None:
+        """Where the time of a request went and why it went where it did, while it runs and for some time after. None
+        where the server knows of none of this id, or no longer does."""
+        wire = trace_pb2.GetRequestTraceRequest(request_id=request_id)
+        return request_trace(self._ask(self._traces.GetRequestTrace, wire, request_id))
 
     def _ask(self, method: grpc.UnaryUnaryMultiCallable[Req, Res], request: Req, request_id: str | None = None) -> Res:
         try:

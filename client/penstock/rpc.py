@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf.message import Message as WireMessage
 
 from penstock.errors import InvalidRequestError
+from penstock.traces import AttemptTrace, RequestTrace, Span
 from penstock.types import (
     Delta,
     FinishReason,
@@ -24,6 +25,7 @@ from penstock.types import (
     WorkerRole,
 )
 from penstock.v1 import inference_pb2 as pb
+from penstock.v1 import trace_pb2
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -166,6 +168,14 @@ def server_info(wire: pb.GetServerInfoResponse) -> ServerInfo:
     workers = [_read(worker, WorkerInfo, role=_ROLES.get(worker.role, WorkerRole.OTHER)) for worker in wire.workers]
     pairs = [_read(pair, PairInfo) for pair in wire.pairs]
     return _read(wire, ServerInfo, workers=tuple(workers), pairs=tuple(pairs))
+
+
+def request_trace(wire: trace_pb2.GetRequestTraceResponse) -> RequestTrace | None:
+    if not wire.HasField("trace"):
+        return None
+    attempts = tuple(_read(attempt, AttemptTrace) for attempt in wire.trace.attempts)
+    spans = tuple(_read(span, Span) for span in wire.trace.spans)
+    return _read(wire.trace, RequestTrace, attempts=attempts, spans=spans)
 
 
 def _read(wire: WireMessage, kind: type[D], **converted: object) -> D:

@@ -15,7 +15,9 @@ from typing import Any
 import grpc
 
 from penstock.v1 import inference_pb2 as pb
+from penstock.v1 import trace_pb2
 from penstock.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+from penstock.v1.trace_pb2_grpc import TracesServicer, add_TracesServicer_to_server
 
 DEADLINE_S = 20.0
 DETAILS_KEY = "grpc-status-details-bin"
@@ -84,6 +86,7 @@ class FakeServer:
         self._scripts: queue.Queue[Script] = queue.Queue()
         self._server = grpc.server(ThreadPoolExecutor(16))
         add_InferenceServicer_to_server(_Servicer(self), self._server)
+        add_TracesServicer_to_server(_Traces(self), self._server)
         self.target = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
         self._server.start()
 
@@ -122,6 +125,7 @@ class Answers:
     def __init__(self) -> None:
         self.running = {"req-1"}
         self.model = pb.GetModelResponse(name="tiny", architecture="Qwen3MoeForCausalLM", max_model_len=2048)
+        self.traces: dict[str, trace_pb2.RequestTrace] = {}
         self.server = pb.GetServerInfoResponse(version="0.1.0", model="tiny", uptime_s=1.5)
 
 
@@ -148,6 +152,16 @@ class _Servicer(InferenceServicer):
         self, request: pb.GetServerInfoRequest, context: Any
     ) -> pb.GetServerInfoResponse:
         return self._fake.answers.server
+
+
+class _Traces(TracesServicer):
+    def __init__(self, server: FakeServer) -> None:
+        self._fake = server
+
+    def GetRequestTrace(  # noqa: N802
+        self, request: trace_pb2.GetRequestTraceRequest, context: Any
+    ) -> trace_pb2.GetRequestTraceResponse:
+        return trace_pb2.GetRequestTraceResponse(trace=self._fake.answers.traces.get(request.request_id))
 
 
 def main() -> None:

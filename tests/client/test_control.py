@@ -10,16 +10,20 @@ import pytest
 
 from penstock import (
     AsyncClient,
+    AttemptTrace,
     ModelDescription,
     ModelNotFoundError,
     PairInfo,
     RequestCancelledError,
+    RequestTrace,
     ServerInfo,
+    Span,
     UnavailableError,
     WorkerInfo,
     WorkerRole,
 )
 from penstock.v1 import inference_pb2 as pb
+from penstock.v1 import trace_pb2
 from tests.client.conftest import Connect, Sdk
 from tests.client.fake_server import FakeServer, says
 
@@ -38,6 +42,19 @@ def test_model_is_described(sdk: Sdk, server: FakeServer) -> None:
 def test_unknown_model_is_not_found(sdk: Sdk) -> None:
     with pytest.raises(ModelNotFoundError, match=r"'huge'.*'tiny'"):
         sdk.call("model", "huge")
+
+
+def test_a_trace_tells_stages_and_choices_of_a_request(sdk: Sdk, server: FakeServer) -> None:
+    wire = trace_pb2.RequestTrace(request_id="req-1", elapsed_s=2.0, outcome="running", num_prompt_tokens=3)
+    wire.spans.add(name="queue", attempt=1, worker="router", end_s=0.5)
+    wire.spans.add(name="commit_wait", attempt=1, worker="d0", start_s=0.5, slack_s=0.0)
+    wire.attempts.add(attempt=1, prefill_worker="p0", decode_worker="d0", reasons=["a", "b"], num_tokens=3)
+    server.answers.traces["req-1"] = wire
+    spans = (Span("queue", 1, "router", 0.0, 0.5, None), Span("commit_wait", 1, "d0", 0.5, None, 0.0))
+    attempt = AttemptTrace(1, 0.0, "p0", "d0", ("a", "b"), 3, "", "", None, None, None)
+    expected = RequestTrace("req-1", 0.0, 2.0, "running", "", 3, 0, 0.0, 0.0, (attempt,), 0, spans)
+    assert sdk.call("request_trace", "req-1") == expected
+    assert sdk.call("request_trace", "req-2") is None
 
 
 def test_server_info_tells_workers_and_pairs(sdk: Sdk, server: FakeServer) -> None:

@@ -212,6 +212,7 @@ async def http_door(doors: FrontDoors) -> AsyncIterator[str]:
         generator=doors.generator,
         dispatcher=doors.dispatcher,
         metrics=lambda: b"penstock_up 1\n",
+        trace=lambda request_id: {"request_id": request_id} if request_id == "known" else None,
         wall_clock=lambda: 1_700_000_000.5,
         draw_bits=doors.draw_bits,
         version="1.2.3",

@@ -12,9 +12,10 @@ from typing import Any
 
 from core.events import LifecycleEvent
 from core.kv_layout import WireDtype
-from core.messages import WorkerRole
+from core.messages import TransferStats, WorkerRole
 from core.request import FinishReason, Request
 from core.sampling import SamplingParams
+from core.ticket import Ticket
 from router.config import DispatchConfig, SessionConfig
 from router.dispatcher import Dispatcher
 from router.ledger import Entry
@@ -54,6 +55,10 @@ class Recorder:
 
     def on_tokens(self, entry: Entry, num_tokens: int, gap_s: float) -> None:
         self.gaps.append((num_tokens, gap_s))
+
+    def on_transfer(self, entry: Entry, ticket: Ticket, transfer: TransferStats) -> None: ...
+
+    def on_worker_failure(self, entry: Entry, incarnation: str, reason: str) -> None: ...
 
     def on_cluster_change(self) -> None:
         self.num_cluster_changes += 1

@@ -209,6 +209,12 @@ async def test_health_says_whether_anything_can_serve(doors: FrontDoors, http: h
     assert (response.status_code, response.json()) == (503, {"status": "unavailable"})
 
 
+async def test_a_trace_of_a_request_that_nobody_knows_is_not_found(http: httpx.AsyncClient) -> None:
+    assert (await http.get("/requests/known/trace")).json() == {"request_id": "known"}
+    response = await http.get("/requests/unknown/trace")
+    assert (response.status_code, error_of(response)["param"]) == (404, "request_id")
+
+
 async def test_version_and_metrics(http: httpx.AsyncClient) -> None:
     assert (await http.get("/version")).json() == {"version": "1.2.3"}
     metrics = await http.get("/metrics")

@@ -133,6 +133,27 @@ async def test_a_prompt_goes_through_both_doors_to_both_workers_and_back(
         app.dispatcher.check_integrity()
 
 
+async def test_where_the_time_of_a_request_went_is_told_at_both_doors(workers: tuple[FakeWorker, FakeWorker]) -> None:
+    async with running_app() as (app, channel), cluster(channel, *workers):
+        async with AsyncClient(app.grpc_address, timeout_s=WAIT_S, max_retries=0) as client:
+            generation = client.generate("the pipe", max_tokens=8, ignore_eos=True, request_id="mine")
+            await generation.text()
+            trace = await client.request_trace("mine")
+            assert await client.request_trace("theirs") is None
+        async with httpx.AsyncClient(base_url=f"http://{app.http_address}", timeout=WAIT_S) as http:
+            told = (await http.get("/requests/mine/trace")).json()
+            metrics = (await http.get("/metrics")).text
+    assert trace is not None
+    assert (trace.outcome, trace.num_output_tokens, [a.kv_bytes for a in trace.attempts]) == ("length", 8, [100])
+    stages = ["queue", "reserve", "prefill", "transfer_hidden", "transfer_exposed", "commit", "commit_wait"]
+    assert [span.name for span in trace.spans] == [*stages, "first_decode_step", "decode"]
+    assert trace.spans[-1].end_s == trace.elapsed_s > 0
+    assert trace.attempts[0].reasons == ("disaggregated", "only_choice")
+    assert told["spans"][1]["worker"] == told["attempts"][0]["decode_worker"] == "decode-0"
+    pair = '{decode_worker="decode-0",prefill_worker="prefill-0"}'
+    assert f"penstock_kv_transfer_bytes_total{pair} 100.0" in metrics
+
+
 async def test_the_sdk_reads_what_the_router_says(workers: tuple[FakeWorker, FakeWorker]) -> None:
     tokenizer = make_tokenizer()
     async with running_app() as (app, channel), cluster(channel, *workers):
@@ -196,6 +217,7 @@ async def test_reflection_lists_the_services_and_describes_them() -> None:
     assert {service.name for service in listed.list_services_response.service} == {
         "penstock.v1.Inference",
         "penstock.v1.Registry",
+        "penstock.v1.Traces",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
