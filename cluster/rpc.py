@@ -15,6 +15,7 @@ from core.messages import (
     Cancel,
     Command,
     Connect,
+    Disconnect,
     Drain,
     Drained,
     Event,
@@ -69,6 +70,9 @@ def command(wire: worker_pb2.Command) -> Command:
             return Connect(
                 c.prefill_incarnation, c.decode_incarnation, c.epoch, c.store_address, _layout(c.peer_layout)
             )
+        case "disconnect":
+            d = wire.disconnect
+            return Disconnect(d.prefill_incarnation, d.decode_incarnation, d.epoch)
         case "prompt_part":
             p = wire.prompt_part
             return PromptPart(_ticket(p.ticket), p.offset, tuple(p.token_ids))
@@ -188,6 +192,7 @@ def worker_hello_message(hello: WorkerHello) -> worker_pb2.WorkerMessage:
             max_model_len=hello.max_model_len,
             kv_address=hello.kv_address,
             device=hello.device,
+            max_pairs=hello.max_pairs,
         )
     )
 

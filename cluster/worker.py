@@ -16,6 +16,7 @@ from core.messages import (
     Cancel,
     Command,
     Connect,
+    Disconnect,
     Drain,
     Drained,
     Heartbeat,
@@ -241,6 +242,8 @@ class Worker:
         match command:
             case Connect():
                 self._kv.connect(command)
+            case Disconnect(prefill, decode, epoch):
+                self._kv.disconnect((prefill, decode), epoch)
             case PromptPart(ticket, offset, token_ids):
                 if not self._is_live(ticket.key):  # else it was said again after a reconnect
                     part = self._parts.setdefault(ticket.key, [])

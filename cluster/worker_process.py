@@ -108,6 +108,7 @@ class WorkerProcess:
             max_model_len=self._engine.max_model_len,
             kv_address=self._kv.address,
             device=str(self._engine.storage.device),
+            max_pairs=spec.transfer.max_pairs,
         )
         servicer = WorkerService(
             hello,

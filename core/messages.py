@@ -34,7 +34,8 @@ class RouterHello:
 
 @dataclass(frozen=True, slots=True)
 class WorkerHello:
-    """`credits`: requests the session may have on the worker at once. `kv_address`: where pairs with it meet."""
+    """`credits`: requests the session may have on the worker at once. `kv_address`: where pairs with it meet, of which
+    it has room for `max_pairs`."""
 
     worker_id: str
     incarnation: str
@@ -45,6 +46,7 @@ class WorkerHello:
     max_model_len: int
     kv_address: str
     device: str
+    max_pairs: int
     wire_version: int = WIRE_VERSION
 
 
@@ -83,6 +85,15 @@ class Connect:
     epoch: int
     store_address: str
     peer_layout: KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """End the channel of a pair; without effect where it is of another epoch."""
+
+    prefill_incarnation: str
+    decode_incarnation: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +168,7 @@ class Drain:
     deadline_s: float
 
 
-Command = Connect | PromptPart | Reserve | Prefill | Accept | Release | Cancel | Heartbeat | Drain
+Command = Connect | Disconnect | PromptPart | Reserve | Prefill | Accept | Release | Cancel | Heartbeat | Drain
 
 # ---- events
 

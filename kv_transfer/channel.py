@@ -35,6 +35,8 @@ class Channel(ABC):
     def __init__(self, name: str, transport: Transport, config: TransferConfig, on_down: OnDown) -> None:
         self._transport, self._config, self._on_down = transport, config, on_down
         self._closed = threading.Event()
+        self.num_turns = 0
+        """Frames sent or received: a channel that lives always has another before long."""
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -91,14 +93,17 @@ class SendChannel(Channel):
 
     def stage(self, num_bytes: int, wanted: Callable[[], bool]) -> Tensor | None:
         """[num_bytes] uint8 on CPU to make a payload in, for `put` or `unstage`; waits and fails as `put` does."""
-        return self._outbox.stage(num_bytes, self._config.silence_timeout_s, wanted)
+        return self._outbox.stage(num_bytes, self._config.keepalive_s, wanted)
 
     def unstage(self, payload: Tensor) -> None:
         self._outbox.unstage(payload)
 
     def put(self, outgoing: Outgoing, wanted: Callable[[], bool]) -> bool:
-        """Queue a segment; waits while staging is full, for `silence_timeout_s` at most. False: it was not queued."""
-        return self._outbox.put(outgoing, self._config.silence_timeout_s, wanted)
+        """Queue a segment. Where staging is full, waits for as long as the peer takes something every `keepalive_s`.
+
+        False: it was not queued.
+        """
+        return self._outbox.put(outgoing, self._config.keepalive_s, wanted)
 
     def drop(self, key: AttemptKey) -> None:
         """Forget what is queued of an attempt. What is leaving right now still leaves."""
@@ -110,6 +115,7 @@ class SendChannel(Channel):
 
     def _carry(self) -> str:
         while (batch := self._outbox.take(self._config.keepalive_s)) is not None:
+            self.num_turns += 1
             if batch:
                 self._send(batch)
             else:
@@ -143,6 +149,7 @@ class ReceiveChannel(Channel):
     def _carry(self) -> str:
         while True:
             frame = receive_frame(self._transport, self._config.silence_timeout_s)
+            self.num_turns += 1
             if frame.kind is FrameKind.SEGMENTS:
                 self._receive_segments(frame)
             elif frame.kind is not FrameKind.KEEPALIVE:

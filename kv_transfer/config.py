@@ -33,6 +33,8 @@ class TransferConfig:
     """Between two signs of life on an idle channel."""
     max_staging_mib: int = 256
     """Memory for segments on their way out, per pair; a prefill that is faster than the link waits."""
+    max_pairs: int = 16
+    """Channels a worker has at once. With more partners, those that were not used for longest give way."""
     coalesce_kib: int = 1024
     """Segments that wait together leave together, up to this size."""
 
@@ -47,6 +49,8 @@ class TransferConfig:
             raise ConfigError(
                 "transfer.silence_timeout_s", self.silence_timeout_s, f"must be > keepalive_s = {self.keepalive_s:g}"
             )
+        if self.max_pairs != int(self.max_pairs):
+            raise ConfigError("transfer.max_pairs", self.max_pairs, "must be a whole number")
         if self.coalesce_bytes > MAX_PAYLOAD_BYTES:
             raise ConfigError("transfer.coalesce_kib", self.coalesce_kib, f"must be <= {MAX_PAYLOAD_BYTES >> 10}")
 

@@ -42,6 +42,8 @@ class Outbox:
         self._changed = threading.Condition()
         self._queue: deque[Outgoing] = deque()
         self._num_bytes = 0  # queued and being sent, outside of the ring
+        self._num_left = 0
+        self._stuck = False  # somebody has waited in vain, and nothing has left since
         self._closed = False
 
     @property
@@ -49,21 +51,22 @@ class Outbox:
         """Staging in use: what is being made, queued and sent."""
         return self._num_bytes + self._ring.num_bytes
 
-    def stage(self, num_bytes: int, timeout_s: float, wanted: Callable[[], bool]) -> Tensor | None:
-        """Room for a payload to be made in, which ends with `put` or `unstage`; waits for it.
+    def stage(self, num_bytes: int, patience_s: float, wanted: Callable[[], bool]) -> Tensor | None:
+        """Room for a payload to be made in, which ends with `put` or `unstage`.
 
-        None where the outbox was closed or time ran out, or it is no longer `wanted`.
+        Waits for it while batches leave; None where the outbox was closed, none has left for `patience_s`, or it is no
+        longer `wanted`. Who comes after one who waited in vain does not wait: that peer holds nobody up twice.
         """
         with self._changed:
             place: int | None = None
 
             def found() -> bool:
                 nonlocal place
-                if not self._closed and wanted():
+                if place is None and not self._closed and wanted():
                     place = self._ring.take(num_bytes)
                 return self._closed or not wanted() or place is not None
 
-            self._changed.wait_for(found, timeout_s)
+            self._wait(found, patience_s)
             if place is None or self._memory is None:
                 return None
             return self._memory[place : place + num_bytes]
@@ -74,10 +77,10 @@ class Outbox:
             self._free_staged(payload)
             self._changed.notify_all()
 
-    def put(self, outgoing: Outgoing, timeout_s: float, wanted: Callable[[], bool]) -> bool:
-        """Queue a segment; waits for room where it is not staged. An empty outbox always has room.
+    def put(self, outgoing: Outgoing, patience_s: float, wanted: Callable[[], bool]) -> bool:
+        """Queue a segment; where it is not staged, waits for room as `stage` does. An empty outbox always has room.
 
-        False, and not queued, where the outbox was closed or time ran out, or it is no longer `wanted`.
+        False, and not queued, where there was none, the outbox was closed, or it is no longer `wanted`.
         """
         with self._changed:
 
@@ -86,7 +89,7 @@ class Outbox:
                     return True
                 return self._num_bytes + outgoing.num_bytes <= self._max_bytes
 
-            self._changed.wait_for(lambda: self._closed or has_room() or not wanted(), timeout_s)
+            self._wait(lambda: self._closed or has_room() or not wanted(), patience_s)
             if self._closed or not has_room() or not wanted():
                 if outgoing.staged:
                     self._free_staged(outgoing.payload)
@@ -115,6 +118,7 @@ class Outbox:
     def sent(self, batch: list[Outgoing]) -> None:
         """Free the staging of a batch that was taken."""
         with self._changed:
+            self._num_left, self._stuck = self._num_left + 1, False
             self._free(batch)
 
     def drop(self, key: AttemptKey) -> None:
@@ -131,6 +135,15 @@ class Outbox:
             self._changed.notify_all()
 
     # ---- under the lock
+
+    def _wait(self, done: Callable[[], bool], patience_s: float) -> None:
+        while not done() and not self._stuck:
+            num_left = self._num_left
+
+            def moved(num_left: int = num_left) -> bool:
+                return done() or self._num_left != num_left
+
+            self._stuck = not self._changed.wait_for(moved, patience_s)
 
     def _free(self, batch: list[Outgoing]) -> None:
         for outgoing in batch:

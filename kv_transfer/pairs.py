@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 2.0
 """How long `close` waits for threads, all together."""
 
+MAX_ENDED = 64
+"""Pairs without a channel whose last epoch is remembered."""
+
 PairKey = tuple[str, str]
 """Incarnations of the prefill and the decode worker."""
 
@@ -64,9 +67,10 @@ class _Link:
 class Pairs:
     """Owns every channel of a worker. Thread-safe.
 
-    A pair has one live epoch. A Connect with a later one replaces it, one with an earlier one is refused, the same
-    again only repeats the outcome. A channel that ends takes its transfers with it and no others, and is told by one
-    PairDown.
+    A worker has `max_pairs` channels at most, a pair has one live epoch. A Connect with a later one replaces it, one
+    with an earlier one is refused, the same again only repeats the outcome. A channel that ends takes its transfers
+    with it and no others, and is told by one PairDown. A watchdog ends the channel whose thread hangs in a transport
+    that does not mind its timeouts.
     """
 
     def __init__(
@@ -84,6 +88,8 @@ class Pairs:
         self._lock = threading.Lock()
         self._links: dict[PairKey, _Link] = {}
         self._closed = False
+        self._closing = threading.Event()
+        self._watchdog: threading.Thread | None = None
 
     @property
     def address(self) -> str:
@@ -101,13 +107,24 @@ class Pairs:
                     self._notify(old.outcome)
                 return
             if old is None or old.connect.epoch < connect.epoch:
-                self._links[link.key] = link
+                self._keep(link)
+            num_open = sum(not isinstance(other.outcome, PairDown) for other in self._links.values())
         if old is not None and old.connect.epoch > connect.epoch:
             self._end(link, f"epoch {connect.epoch} is over: {old.connect.epoch} is the latest")
+            return
+        if num_open > (limit := self._config.max_pairs):
+            self._end(link, f"worker {self._incarnation} has {num_open - 1} channels: transfer.max_pairs = {limit}")
             return
         if old is not None:
             self._end(old, f"replaced by epoch {connect.epoch}")
         self._begin(link)
+
+    def disconnect(self, pair: PairKey, epoch: int) -> None:
+        """End the channel of a pair, if it is of that epoch. Returns at once."""
+        with self._lock:
+            link = self._links.get(pair)
+        if link is not None and link.connect.epoch == epoch:
+            self._end(link, "the router has closed it")
 
     def sending(self, ticket: Ticket) -> SendChannel:
         """The live channel of a ticket that this worker sends by.
@@ -129,6 +146,7 @@ class Pairs:
 
         Who still waits for a peer to come ends by himself, at `connect_timeout_s` at the latest.
         """
+        self._closing.set()
         with self._lock:
             self._closed = True
             links = list(self._links.values())
@@ -136,8 +154,8 @@ class Pairs:
             self._end(link, "closed")
         self._rendezvous.close()
         ends_at = self._clock() + CLOSE_TIMEOUT_S
-        for thread in [thread for link in links for thread in link.threads]:
-            if thread is not threading.current_thread():
+        for thread in [self._watchdog, *(thread for link in links for thread in link.threads)]:
+            if thread is not None and thread is not threading.current_thread():
                 thread.join(max(0.0, ends_at - self._clock()))
 
     def _live(self, ticket: Ticket) -> Channel:
@@ -218,6 +236,9 @@ class Pairs:
             )
             link.threads.append(channel.thread)
             channel.start()
+            if self._watchdog is None:
+                self._watchdog = threading.Thread(target=self._watch, name="kv-watchdog", daemon=True)
+                self._watchdog.start()
             self._notify(link.outcome)  # under the lock: the word of its end can't overtake it
 
     def _end(self, link: _Link, reason: str, *, permanent: bool = False) -> None:
@@ -228,11 +249,38 @@ class Pairs:
                 return
             link.outcome = down
             channel, link.channel = link.channel, None  # its sockets and staging go with it
+            if channel is not None and not channel.closed:  # to abort takes time, which is nobody else's
+                closer = threading.Thread(target=channel.close, name=f"kv-close-{link.name}", daemon=True)
+                link.threads.append(closer)
+                closer.start()
         log.info("pair %s -> %s, epoch %d: %s", c.prefill_incarnation, c.decode_incarnation, c.epoch, reason)
-        if channel is not None:
-            channel.close()
         self._listener.on_pair_down(link.key, c.epoch, reason)
         self._notify(down)
+
+    def _keep(self, link: _Link) -> None:
+        """Under the lock. Ends that are long past are forgotten: those of workers that are gone would pile up."""
+        self._links.pop(link.key, None)
+        self._links[link.key] = link
+        over = [key for key, other in self._links.items() if isinstance(other.outcome, PairDown)]
+        for key in over[: max(0, len(over) - MAX_ENDED)]:
+            del self._links[key]
+
+    # ---- the watchdog
+
+    def _watch(self) -> None:
+        """End channels whose thread does not turn. Each is aborted by a thread of its own: that may hang as well."""
+        limit_s = 2 * (self._config.silence_timeout_s + self._config.keepalive_s)
+        turned: dict[_Link, tuple[int, float]] = {}
+        while not self._closing.wait(self._config.keepalive_s):
+            now = self._clock()
+            with self._lock:
+                channels = {link: link.channel for link in self._links.values() if link.channel is not None}
+            turned = {link: turned.get(link, (-1, now)) for link in channels}
+            for link, channel in channels.items():
+                if channel.num_turns != turned[link][0]:
+                    turned[link] = channel.num_turns, now
+                elif now - turned[link][1] > limit_s:
+                    self._end(link, f"the watchdog: its thread has hung for {limit_s:g} s")
 
     def _identity(self, connect: Connect) -> bytes:
         """16 bytes that are equal on both sides only if they mean the same pair, epoch and layout."""

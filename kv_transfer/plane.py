@@ -51,6 +51,9 @@ class KVPlane:
     def connect(self, connect: Connect) -> None:
         self._pairs.connect(connect)
 
+    def disconnect(self, pair: PairKey, epoch: int) -> None:
+        self._pairs.disconnect(pair, epoch)
+
     def cancel(self, key: AttemptKey) -> None:
         """Stop what leaves and discard what comes, at once. The halves release it and free the blocks."""
         self.sender.cancel(key)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import logging
 import socket
 import threading
 from collections import OrderedDict
@@ -18,21 +16,16 @@ import torch
 from core.errors import ConfigError, TransferError
 from core.messages import Connect
 from kv_transfer.config import TransferConfig
+from kv_transfer.door import NAME_BYTES, Door
 from kv_transfer.handshake import Offer, choose
-from kv_transfer.pair_store import PairStore, dist, receive_exactly
+from kv_transfer.pair_store import PairStore, dist
 from kv_transfer.shared_memory import Invitation, host_identity, visit
 from kv_transfer.transport import ProcessGroupTransport, Transport, first_sentence, wants_nccl
-
-log = logging.getLogger(__name__)
 
 SENDER, RECEIVER = 0, 1
 """Ranks of the two workers of a pair."""
 MAX_VISITORS = 256
 """Senders that may wait for this worker to hear of their pair."""
-GREETING_TIMEOUT_S = 1.0
-"""For a visitor to say which pair it is of; the next one waits behind it."""
-_NAME_BYTES = 16
-_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _WATCHDOG_TIMEOUT = timedelta(days=1)  # of torch's NCCL watchdog, which would end the process: our own comes first
 
 
@@ -68,10 +61,8 @@ class GroupRendezvous:
         self._visitors: OrderedDict[bytes, socket.socket] = OrderedDict()  # by the name of their pair
         self._meetings: set[socket.socket] = set()
         self._closed = False
-        self._server = socket.create_server((host, 0), backlog=MAX_VISITORS)
-        self.address = f"{host}:{self._server.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._welcome, name="kv-welcome", daemon=True)
-        self._thread.start()
+        self._door = Door(host, MAX_VISITORS, self._take_in)
+        self.address = f"{host}:{self._door.port}"
 
     def meet(self, connect: Connect, rank: int) -> Transport:
         try:
@@ -85,13 +76,16 @@ class GroupRendezvous:
             raise TransferError("pair_down", f"the peer did not come: {first_sentence(error)}") from error
 
     def close(self) -> None:
+        self._door.close()
         with self._changed:
             self._closed = True
-            for connection in (*self._visitors.values(), *self._meetings, self._server):
+            for connection in self._meetings:
                 with contextlib.suppress(OSError):  # it has ended by itself
                     connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it, which closes it
+            for connection in self._visitors.values():
+                connection.close()
+            self._visitors.clear()
             self._changed.notify_all()
-        self._thread.join()
 
     def _visit(self, connect: Connect) -> socket.socket:
         host, _, port = connect.store_address.rpartition(":")
@@ -107,29 +101,7 @@ class GroupRendezvous:
                 raise TransferError("pair_down", f"the peer did not come within {self._timeout_s:g} s")
             return connection
 
-    def _welcome(self) -> None:
-        """Take everybody in who says for which pair it has come. A thread's work, until `close`."""
-        with self._server:
-            while not self._closed:
-                try:
-                    self._take_in(self._server.accept()[0])
-                except OSError as error:
-                    log.debug("a visitor is lost: %s", error)
-                    if error.errno in _NO_DESCRIPTORS:
-                        with self._changed:
-                            self._changed.wait_for(lambda: self._closed, GREETING_TIMEOUT_S)
-        with self._changed:
-            for connection in self._visitors.values():
-                connection.close()
-            self._visitors.clear()
-
-    def _take_in(self, connection: socket.socket) -> None:
-        try:
-            connection.settimeout(GREETING_TIMEOUT_S)
-            name = receive_exactly(connection, _NAME_BYTES)
-        except BaseException:
-            connection.close()
-            raise
+    def _take_in(self, name: bytes, connection: socket.socket) -> None:
         with self._changed:
             left = [self._visitors.pop(name, None)]
             self._visitors[name] = connection
@@ -207,4 +179,4 @@ class GroupRendezvous:
 def _name(connect: Connect) -> bytes:
     """What the two sides of a pair call it: 16 bytes."""
     text = f"{connect.prefill_incarnation}\n{connect.decode_incarnation}\n{connect.epoch}"
-    return hashlib.blake2b(text.encode(), digest_size=_NAME_BYTES).digest()
+    return hashlib.blake2b(text.encode(), digest_size=NAME_BYTES).digest()

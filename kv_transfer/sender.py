@@ -91,8 +91,9 @@ class KVSender:
     def push(self, key: AttemptKey, layer: int, start: int, end: int, block_ids: Sequence[int]) -> None:
         """Copy K and V of positions [start, end) out of the cache and queue them.
 
-        Waits while staging is full, no longer than the channel's silence is endured. Does nothing for a transfer that
-        has failed, was cancelled or is unknown.
+        Waits while staging is full and the peer takes some of it; a peer that takes nothing fails the transfer after
+        one `keepalive_s`, for other pairs wait meanwhile. Does nothing for one that has failed, was cancelled or is
+        unknown.
         """
         sending = self._live(key)
         if sending is None:

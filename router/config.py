@@ -30,6 +30,10 @@ class SessionConfig:
     """First wait after a pair went down; doubles at each failure."""
     max_pair_backoff_s: float = 5.0
     """Longest wait between two attempts to bring a pair up."""
+    pair_quarantine_after: int = 3
+    """Failures in a row, of a pair's channel or of transfers over it, after which other pairs go before."""
+    pair_quarantine_s: float = 10.0
+    """How long a pair whose transfers fail is left alone before it is connected anew."""
 
     def __post_init__(self) -> None:
         check_positive(self, "router.sessions")

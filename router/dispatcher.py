@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from dataclasses import replace
 from itertools import count
 
 from core.clock import Clock
@@ -161,12 +162,22 @@ class Dispatcher:
             if isinstance(decision, Placement):
                 self._start(entry, decision)
                 view = self._view()
-            elif decision.possible:
+                continue
+            self._wish(entry, view)
+            if decision.possible:
                 return
-            elif entry.unavailable_timer is None:
+            if entry.unavailable_timer is None:
                 patience_s = self._config.unavailable_timeout_s
                 loop = asyncio.get_running_loop()
                 entry.unavailable_timer = loop.call_later(patience_s, self._give_up, entry)
+
+    def _wish(self, entry: Entry, view: ClusterView) -> None:
+        """A pair without a channel that has room for the request is connected, for this one or the next."""
+        if not (idle := self._workers.idle_routes()):
+            return
+        decision = place(self._need(entry), replace(view, routes=idle))
+        if isinstance(decision, Placement):
+            self._workers.want(decision.route, self._ledger.pairs_in_use())
 
     def _start(self, entry: Entry, placement: Placement) -> None:
         self._queue.remove(entry)
@@ -177,6 +188,7 @@ class Dispatcher:
         entry.placement = placement
         entry.request.advance(RequestState.RUNNING)
         self._ledger.note(entry, LifecycleEvent.PLACED, now_s)
+        self._workers.touch(placement.route)
         self._flow.start(entry, placement.route)
 
     def _need(self, entry: Entry) -> Need:

@@ -46,6 +46,7 @@ from core.ticket import Ticket
 from router.config import DispatchConfig
 from router.ledger import Attempt, Counts, Entry, Failure, Hold, Ledger, Stage
 from router.outbox import in_parts
+from router.pairs import TRANSFER_FAULTS
 from router.policy import Route, num_blocks_for
 from router.workers import Workers
 
@@ -148,7 +149,10 @@ class AttemptFlow:
                 self._let_go(hold, Cancel(attempt.ticket, reason))
 
     def _fail(self, entry: Entry, reason: str, message: str, incarnation: str | None = None) -> None:
+        attempt = entry.attempt
         self.fence(entry, reason)
+        if attempt and reason in TRANSFER_FAULTS:
+            self._workers.transfer_ended(attempt.ticket, well=False)
         self._on_outcome(entry, Failure(reason, message, incarnation))
 
     def _complete(self, entry: Entry, reason: FinishReason) -> None:
@@ -255,6 +259,7 @@ class AttemptFlow:
         entry, ticket, now_s = hold.entry, attempt.ticket, self._clock()
         attempt.enter(Stage.DECODING, now_s)
         entry.stats.commit_wait_s = event.commit_wait_s
+        self._workers.transfer_ended(ticket, well=True)
         self._ledger.note(entry, LifecycleEvent.ACCEPTED, now_s)
         self._let_go(self._hold_of(entry, ticket, ticket.prefill_incarnation), Release(ticket))
 

@@ -283,6 +283,15 @@ class Ledger:
     def live_transfer_ids(self, incarnation: str) -> tuple[str, ...]:
         return tuple({hold.ticket.transfer_id: None for hold in self.holds_on(incarnation) if not hold.closing})
 
+    def pairs_in_use(self) -> set[tuple[str, str]]:
+        """Incarnations of the two workers between which K and V are, or soon will be, on their way."""
+        attempts = (entry.attempt for entry in self._by_transfer.values())
+        return {
+            (attempt.ticket.prefill_incarnation, attempt.ticket.decode_incarnation)
+            for attempt in attempts
+            if attempt and attempt.stage in (Stage.RESERVING, Stage.PREFILLING, Stage.ACCEPTING)
+        }
+
     def _forget_if_over(self, entry: Entry) -> None:
         if entry.ended and not entry.holds:
             self._by_transfer.pop(entry.transfer_id, None)

@@ -8,6 +8,7 @@ from core.messages import (
     Cancel,
     Command,
     Connect,
+    Disconnect,
     Drain,
     Heartbeat,
     Prefill,
@@ -26,6 +27,10 @@ def command_to_wire(command: Command) -> pb.Command:
     match command:
         case Connect():
             return pb.Command(connect=_connect(command))
+        case Disconnect(prefill, decode, epoch):
+            return pb.Command(
+                disconnect=pb.Disconnect(prefill_incarnation=prefill, decode_incarnation=decode, epoch=epoch)
+            )
         case PromptPart(ticket, offset, token_ids):
             return pb.Command(prompt_part=pb.PromptPart(ticket=_ticket(ticket), offset=offset, token_ids=token_ids))
         case Reserve(ticket, work):

@@ -88,6 +88,7 @@ def _hello(hello: pb.WorkerHello) -> WorkerHello:
         max_model_len=hello.max_model_len,
         kv_address=hello.kv_address,
         device=hello.device,
+        max_pairs=hello.max_pairs,
         wire_version=hello.wire_version,
     )
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -24,9 +24,10 @@ from core.messages import (
     WorkerHello,
     WorkerRole,
 )
+from core.ticket import Ticket
 from router.config import SessionConfig
 from router.info import PairInfo, WorkerInfo
-from router.pairs import PairTable
+from router.pairs import PairKey, PairState, PairTable, Told
 from router.policy import Route
 from router.rpc import Registration, SessionLostError, WireError, WorkerMessage
 from router.session import Session
@@ -168,6 +169,27 @@ class Workers:
                 if hello.role is WorkerRole.MIXED and not worker.draining
             ),
         )
+
+    def idle_routes(self) -> tuple[Route, ...]:
+        """Pairs that could be connected and are not, for nobody has needed them yet; `want` connects one."""
+        takes_work = {incarnation for incarnation, worker in self._connected.items() if not worker.draining}
+        idle = (pair.key for pair in self._pairs if pair.state is PairState.IDLE)
+        return tuple(Route(*key) for key in idle if {*key} <= takes_work)
+
+    def want(self, route: Route, in_use: Collection[PairKey]) -> None:
+        """Connect an idle pair, in the background; pairs `in_use` do not make room for it."""
+        self._tell(self._pairs.want((route.prefill, route.decode), in_use, self._clock()))
+        self._connect_pairs()
+
+    def touch(self, route: Route) -> None:
+        """A request goes this way."""
+        self._pairs.touch((route.prefill, route.decode), self._clock())
+
+    def transfer_ended(self, ticket: Ticket, *, well: bool) -> None:
+        """How a transfer ended, where that says something of its channel; see `PairTable.transfer_ended`."""
+        key = (ticket.prefill_incarnation, ticket.decode_incarnation)
+        self._tell(self._pairs.transfer_ended(key, ticket.pair_epoch, well=well, now_s=self._clock()))
+        self._connect_pairs()
 
     def send(self, incarnation: str, *commands: Command) -> None:
         """Without effect where the session is gone: its listener has been told."""
@@ -316,15 +338,19 @@ class Workers:
 
     def _connect_pairs(self) -> None:
         """Connect what is due, and wake up for what is due next."""
+        self._tell(self._pairs.expire(self._clock()))
         for pair in self._pairs.due(self._clock()):
-            for incarnation, command in pair.connects():
-                self.send(incarnation, command)
+            self._tell(pair.connects())
         if self._alarm:
             self._alarm.cancel()
         due_s = self._pairs.next_due_s()
         if due_s is not None:
             delay_s = max(0.0, due_s - self._clock())
             self._alarm = asyncio.get_running_loop().call_later(delay_s, self._connect_pairs)
+
+    def _tell(self, told: Iterable[Told]) -> None:
+        for incarnation, command in told:
+            self.send(incarnation, command)
 
     def _told(self) -> WorkerListener:
         assert self._listener is not None, "subscribe() comes first"

@@ -47,6 +47,7 @@ HELLO = WorkerHello(
     max_model_len=6,
     kv_address="127.0.0.1:7",
     device="cpu",
+    max_pairs=8,
 )
 TICKET = Ticket("r", 1, "t", "p", "d", 1)
 

@@ -55,9 +55,9 @@ def no_pair_is_left() -> bool:
     """True as soon as the threads of pairs are gone; each says goodbye within the wait."""
     ends_at = time.monotonic() + WAIT_S
     for thread in threading.enumerate():
-        if thread.name in plane_threads(but="kv-welcome"):
+        if thread.name in plane_threads(but="kv-w"):
             thread.join(max(0.0, ends_at - time.monotonic()))
-    return plane_threads(but="kv-welcome") == []
+    return plane_threads(but="kv-w") == []
 
 
 def test_layouts_that_differ_never_pair() -> None:

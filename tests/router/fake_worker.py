@@ -49,6 +49,7 @@ class Script:
 
     refuse: int = 0
     fail: dict[str, int] = field(default_factory=dict)
+    fail_reason: str = "internal"
     pause: set[str] = field(default_factory=set)
     steps: int | None = None
     finish_after_first: bool = False
@@ -71,8 +72,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         block_size: int = 16,
         max_model_len: int = 32_768,
         fingerprint: str = "f00d",
+        max_pairs: int = 16,
     ) -> None:
-        self.worker_id, self.role, self.credits = worker_id, role, num_credits
+        self.worker_id, self.role, self.credits, self.max_pairs = worker_id, role, num_credits, max_pairs
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
         self.fingerprint = fingerprint
         self.incarnation = f"{worker_id}-{uuid.uuid4().hex[:8]}"
@@ -196,6 +198,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             max_model_len=self.max_model_len,
             kv_address=f"kv-of-{self.worker_id}:1",
             device="memory",
+            max_pairs=self.max_pairs,
         )
 
     async def _read(self, requests: AsyncIterator[pb.RouterMessage]) -> None:
@@ -226,6 +229,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.say(pb.Event(pair_down=pb.PairDown(**names, reason="the peer is away", permanent=permanent)))
         else:
             self._answer("connect", None, pb.Event(pair_up=pb.PairUp(**names)))
+
+    def _on_disconnect(self, disconnect: pb.Disconnect) -> None:
+        names: dict[str, Any] = {
+            "prefill_incarnation": disconnect.prefill_incarnation,
+            "decode_incarnation": disconnect.decode_incarnation,
+            "epoch": disconnect.epoch,
+        }
+        self.say(pb.Event(pair_down=pb.PairDown(**names, reason="the router has closed it")))
 
     def _on_prompt_part(self, part: pb.PromptPart) -> None:
         tokens = self.parts.setdefault(key_of(part.ticket), [])
@@ -334,7 +345,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             return False
         self.script.fail[kind] -= 1
         self.forget(key)
-        self.say(failed(key))
+        self.say(failed(key, self.script.fail_reason))
         return True
 
     async def _decode(self, held: Held) -> None:

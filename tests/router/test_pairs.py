@@ -7,7 +7,7 @@ from itertools import count
 import pytest
 
 from core.kv_layout import KVLayout
-from core.messages import PairDown, PairUp, WorkerHello, WorkerRole
+from core.messages import Disconnect, PairDown, PairUp, WorkerHello, WorkerRole
 from router.config import SessionConfig
 from router.pairs import Pair, PairState, PairTable
 
@@ -15,8 +15,8 @@ LAYOUT = KVLayout("tiny", "f00d", 2, 2, 8, 16, "float32")
 CONFIG = SessionConfig(pair_timeout_s=10.0, pair_backoff_s=0.2, max_pair_backoff_s=5.0)
 
 
-def hello(name: str, role: WorkerRole) -> WorkerHello:
-    return WorkerHello(name, name, role, LAYOUT, 8, 100, 1024, f"kv-{name}:1", "memory")
+def hello(name: str, role: WorkerRole, max_pairs: int = 16) -> WorkerHello:
+    return WorkerHello(name, name, role, LAYOUT, 8, 100, 1024, f"kv-{name}:1", "memory", max_pairs)
 
 
 def table() -> PairTable:
@@ -152,7 +152,8 @@ def test_a_worker_that_does_not_answer_is_named() -> None:
     pairs.due(0.0)
     pairs.answer_up("p", PairUp("p", "d", 1), 0.0)
     assert pairs.next_due_s() == 10.0
-    pairs.due(10.0)
+    assert pairs.expire(9.9) == []
+    assert pairs.expire(10.0) == [(name, Disconnect("p", "d", 1)) for name in ("p", "d")]
     assert only(pairs).state is PairState.WAITING
     assert only(pairs).reason == "no answer from d"
 

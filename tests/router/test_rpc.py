@@ -13,6 +13,7 @@ from core.messages import (
     Cancel,
     Command,
     Connect,
+    Disconnect,
     Drain,
     Drained,
     Event,
@@ -114,6 +115,10 @@ COMMANDS: list[tuple[Command, pb.Command]] = [
                 peer_layout=WIRE_LAYOUT,
             )
         ),
+    ),
+    (
+        Disconnect("p", "d", 7),
+        pb.Command(disconnect=pb.Disconnect(prefill_incarnation="p", decode_incarnation="d", epoch=7)),
     ),
     (
         PromptPart(TICKET, 4, (5, 6)),
@@ -227,6 +232,7 @@ def test_hello_and_load_come_whole() -> None:
             max_model_len=6,
             kv_address="host:2",
             device="cpu",
+            max_pairs=12,
         ),
         load=pb.Load(
             num_running=1,
@@ -250,6 +256,7 @@ def test_hello_and_load_come_whole() -> None:
     assert message.hello.layout == LAYOUT
     assert (message.hello.credits, message.hello.num_blocks, message.hello.max_model_len) == (4, 5, 6)
     assert (message.hello.kv_address, message.hello.device, message.hello.wire_version) == ("host:2", "cpu", 1)
+    assert message.hello.max_pairs == 12
     assert message.load == Load(1, 2, 3, 4, 5, 6, True, 7, 8, 0.5, 9, 10, 11)
     assert message_from_wire(pb.WorkerMessage()).load is None
 

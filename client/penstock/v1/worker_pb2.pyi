@@ -163,6 +163,7 @@ class WorkerHello(google.protobuf.message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
     KV_ADDRESS_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
+    MAX_PAIRS_FIELD_NUMBER: builtins.int
     wire_version: builtins.int
     worker_id: builtins.str
     incarnation: builtins.str
@@ -174,6 +175,8 @@ class WorkerHello(google.protobuf.message.Message):
     kv_address: builtins.str
     """host:port where the senders of its pairs come to meet it"""
     device: builtins.str
+    max_pairs: builtins.int
+    """channels it has room for"""
     @property
     def layout(self) -> Global___KVLayout: ...
     def __init__(
@@ -189,9 +192,10 @@ class WorkerHello(google.protobuf.message.Message):
         max_model_len: builtins.int = ...,
         kv_address: builtins.str = ...,
         device: builtins.str = ...,
+        max_pairs: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["layout", b"layout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["credits", b"credits", "device", b"device", "incarnation", b"incarnation", "kv_address", b"kv_address", "layout", b"layout", "max_model_len", b"max_model_len", "num_blocks", b"num_blocks", "role", b"role", "wire_version", b"wire_version", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["credits", b"credits", "device", b"device", "incarnation", b"incarnation", "kv_address", b"kv_address", "layout", b"layout", "max_model_len", b"max_model_len", "max_pairs", b"max_pairs", "num_blocks", b"num_blocks", "role", b"role", "wire_version", b"wire_version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___WorkerHello: typing_extensions.TypeAlias = WorkerHello
 
@@ -345,6 +349,7 @@ class Command(google.protobuf.message.Message):
     CANCEL_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
+    DISCONNECT_FIELD_NUMBER: builtins.int
     @property
     def connect(self) -> Global___Connect: ...
     @property
@@ -363,6 +368,8 @@ class Command(google.protobuf.message.Message):
     def heartbeat(self) -> Global___Heartbeat: ...
     @property
     def drain(self) -> Global___Drain: ...
+    @property
+    def disconnect(self) -> Global___Disconnect: ...
     def __init__(
         self,
         *,
@@ -375,10 +382,11 @@ class Command(google.protobuf.message.Message):
         cancel: Global___CancelAttempt | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         drain: Global___Drain | None = ...,
+        disconnect: Global___Disconnect | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["accept", b"accept", "cancel", b"cancel", "command", b"command", "connect", b"connect", "drain", b"drain", "heartbeat", b"heartbeat", "prefill", b"prefill", "prompt_part", b"prompt_part", "release", b"release", "reserve", b"reserve"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accept", b"accept", "cancel", b"cancel", "command", b"command", "connect", b"connect", "drain", b"drain", "heartbeat", b"heartbeat", "prefill", b"prefill", "prompt_part", b"prompt_part", "release", b"release", "reserve", b"reserve"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["connect", "prompt_part", "reserve", "prefill", "accept", "release", "cancel", "heartbeat", "drain"] | None: ...
+    def HasField(self, field_name: typing.Literal["accept", b"accept", "cancel", b"cancel", "command", b"command", "connect", b"connect", "disconnect", b"disconnect", "drain", b"drain", "heartbeat", b"heartbeat", "prefill", b"prefill", "prompt_part", b"prompt_part", "release", b"release", "reserve", b"reserve"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accept", b"accept", "cancel", b"cancel", "command", b"command", "connect", b"connect", "disconnect", b"disconnect", "drain", b"drain", "heartbeat", b"heartbeat", "prefill", b"prefill", "prompt_part", b"prompt_part", "release", b"release", "reserve", b"reserve"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["connect", "prompt_part", "reserve", "prefill", "accept", "release", "cancel", "heartbeat", "drain", "disconnect"] | None: ...
 
 Global___Command: typing_extensions.TypeAlias = Command
 
@@ -413,6 +421,29 @@ class Connect(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["decode_incarnation", b"decode_incarnation", "epoch", b"epoch", "peer_layout", b"peer_layout", "prefill_incarnation", b"prefill_incarnation", "store_address", b"store_address"]) -> None: ...
 
 Global___Connect: typing_extensions.TypeAlias = Connect
+
+@typing.final
+class Disconnect(google.protobuf.message.Message):
+    """End the channel of a pair. Sent to both sides; without effect where it is of another epoch."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PREFILL_INCARNATION_FIELD_NUMBER: builtins.int
+    DECODE_INCARNATION_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    prefill_incarnation: builtins.str
+    decode_incarnation: builtins.str
+    epoch: builtins.int
+    def __init__(
+        self,
+        *,
+        prefill_incarnation: builtins.str = ...,
+        decode_incarnation: builtins.str = ...,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_incarnation", b"decode_incarnation", "epoch", b"epoch", "prefill_incarnation", b"prefill_incarnation"]) -> None: ...
+
+Global___Disconnect: typing_extensions.TypeAlias = Disconnect
 
 @typing.final
 class PromptPart(google.protobuf.message.Message):
