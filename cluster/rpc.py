@@ -278,6 +278,7 @@ def _prefilled(event: Prefilled) -> worker_pb2.Prefilled:
         record=None if event.record is None else _record_to_wire(event.record),
         logprobs=map(_logprobs, event.logprobs),
         prompt_logprobs=map(_logprobs, event.prompt_logprobs),
+        num_cached_tokens=event.num_cached_tokens,
     )
 
 

@@ -212,7 +212,7 @@ class Refused:
 class Prefilled:
     """With `finish` set the first token ended the request: nothing is held and there is no decode.
 
-    `logprobs` is that of the first token, where it was asked for.
+    `logprobs` is that of the first token, where it was asked for. `num_cached_tokens` were in the cache already.
     """
 
     key: AttemptKey
@@ -221,6 +221,7 @@ class Prefilled:
     record: CommitRecord | None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

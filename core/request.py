@@ -53,7 +53,8 @@ class Request:
     `num_computed_tokens` counts the positions whose K and V are in the cache; `num_cached_tokens` those that were there
     when it first got blocks. `cache_salt` keeps it from sharing cached prefixes with requests that have another;
     `block_hashes` names its first full blocks, as far as somebody wanted to know. `prompt_logprobs` are those of the
-    prompt's tokens from the second on, where they are asked for. `kv_wire_dtype` is the router's, for its tickets.
+    prompt's tokens from the second on, where they are asked for. `kv_wire_dtype` is the router's, for its tickets;
+    `priority` (lower goes first) and `user` (whom the client asks for) are for its queue.
     """
 
     request_id: str
@@ -66,6 +67,8 @@ class Request:
     finish_reason: FinishReason | None = None
     cache_salt: str = ""
     kv_wire_dtype: WireDtype = "auto"
+    priority: int = 0
+    user: str = ""
     num_cached_tokens: int | None = None
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -11,7 +11,8 @@ class RequestStats:
 
     `transfer_s` is the time the sending channel spent on this request's segments, `transfer_exposed_s` the part of it
     after the end of compute; both, like `kv_bytes`, are told by the prefill worker. `commit_wait_s` is decode's wait
-    from Accept to the last verified segment.
+    from Accept to the last verified segment. `num_cached_tokens`: those of the prompt that were
+    found in the cache of the worker that read it.
     """
 
     prefill_worker: str = ""
@@ -25,6 +26,7 @@ class RequestStats:
     transfer_s: float | None = None
     transfer_exposed_s: float | None = None
     kv_bytes: int | None = None
+    num_cached_tokens: int | None = None
     ttft_s: float | None = None
     e2e_s: float | None = None
 

@@ -108,8 +108,8 @@ class DecodeHalf:
                 continue
             key, finish = attempt.ticket.key, output.finish_reason
             if attempt.ticket.local and len(output.request.output_token_ids) == 1:
-                told = tuple(output.request.prompt_logprobs)
-                attempt.emit(Prefilled(key, output.token_ids[0], finish, None, output.logprobs, told))
+                told, num_cached = tuple(output.request.prompt_logprobs), output.request.num_cached_tokens or 0
+                attempt.emit(Prefilled(key, output.token_ids[0], finish, None, output.logprobs, told, num_cached))
             else:
                 tokens = SequenceTokens(key, output.token_ids, finish, output.logprobs)
                 by_router.setdefault(attempt.emit, []).append(tokens)

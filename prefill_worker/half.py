@@ -97,5 +97,5 @@ class PrefillHalf:
 
 
 def _prefilled(key: AttemptKey, output: StepOutput, record: CommitRecord | None) -> Prefilled:
-    told = tuple(output.request.prompt_logprobs)
-    return Prefilled(key, output.token_ids[0], output.finish_reason, record, output.logprobs, told)
+    told, num_cached = tuple(output.request.prompt_logprobs), output.request.num_cached_tokens or 0
+    return Prefilled(key, output.token_ids[0], output.finish_reason, record, output.logprobs, told, num_cached)

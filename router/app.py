@@ -25,6 +25,7 @@ from router.http_server import HttpServer
 from router.inference_service import SERVICE, InferenceService, add_to_server
 from router.observer import MetricsObserver, Observers, cluster_sample
 from router.openai_http import MAX_BODY_BYTES, OpenAIApi
+from router.openai_tools import ToolCalling
 from router.registry_service import RegistryService
 from router.rpc_traces import SERVICE as TRACES
 from router.rpc_traces import TraceService
@@ -126,6 +127,10 @@ class RouterApp:
             wall_clock=self._wall_clock,
             draw_bits=self._draw_bits,
             version=self._version,
+            tools=ToolCalling(
+                self._tokenizer, None if self._config.tool_call_parser == "auto" else self._config.tool_call_parser
+            ),
+            allowed_origins=self._config.allowed_origins,
         )
         return HttpServer(api.app(), self._config.host, self._config.http_port)
 

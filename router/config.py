@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
 
 from core.errors import ConfigError
 from core.kv_layout import WireDtype
+from text.tools.formats import FormatName
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,10 @@ class RouterConfig:
     """How K and V travel for requests that don't say: auto as the cache holds them, int8 rounded. Not exact."""
     max_request_traces: int = 1024
     """Requests that `penstock trace` and `penstock explain` can still tell of: the last ones, about 2 KB each."""
+    tool_call_parser: Literal["auto"] | FormatName = "auto"
+    """How the model writes calls of tools; auto reads it off the chat template."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the HTTP API from a browser, such as https://chat.example.com; "*" is any."""
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     sessions: SessionConfig = field(default_factory=SessionConfig)
 
@@ -105,6 +111,10 @@ class RouterConfig:
             raise ConfigError("router.max_request_traces", self.max_request_traces, "must be >= 1")
         if self.kv_wire_dtype not in ("auto", "int8"):
             raise ConfigError("router.kv_wire_dtype", self.kv_wire_dtype, "must be one of 'auto', 'int8'")
+        formats = ("auto", *get_args(FormatName))
+        if self.tool_call_parser not in formats:
+            fix = f"must be one of {', '.join(map(repr, formats))}"
+            raise ConfigError("router.tool_call_parser", self.tool_call_parser, fix)
 
 
 def check_positive(config: SessionConfig | DispatchConfig, path: str) -> None:

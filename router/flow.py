@@ -239,6 +239,7 @@ class AttemptFlow:
         self._ledger.settle(hold)
         if entry.stats.ttft_s is None:
             entry.stats.ttft_s = now_s - entry.arrived_s
+            entry.stats.num_cached_tokens = min(event.num_cached_tokens, entry.request.num_prompt_tokens)
             self._ledger.note(entry, LifecycleEvent.FIRST_TOKEN, now_s)
         else:
             self._ledger.note(entry, LifecycleEvent.RESUMED, now_s)

@@ -13,7 +13,8 @@ from core.logprobs import TokenLogprobs
 from core.request import FinishReason
 from core.stats import RequestStats
 from router.stream import RequestDispatcher, RequestStream, TokenDelta
-from router.validation import Chat, GenerateInput, Prompt, Validator, ValidRequest
+from router.validation import GenerateInput, Prompt, Validator, ValidRequest
+from text.chat_template import Chat
 from text.grammar import Structure
 from text.stop_strings import StopMatcher, StopOutput
 from text.tokenizer import Tokenizer
@@ -157,14 +158,18 @@ class Generator:
         with self._noting_refusals():
             for each in wanted:
                 self._validator.check(each)
-            token_ids = {
-                prompt: await self._tokenize(prompt) for prompt in dict.fromkeys(each.prompt for each in wanted)
-            }
+            prompts = dict.fromkeys((each.prompt, each.add_special_tokens) for each in wanted)
+            token_ids = {prompt: await self.tokenize(*prompt) for prompt in prompts}
             structures = dict.fromkeys(each.sampling.structure for each in wanted)
             grammars = {structure: await self._compile(structure) for structure in structures}
             limit = self._dispatcher.max_model_len
             return [
-                self._validator.finish(each, [*token_ids[each.prompt]], limit, grammars[each.sampling.structure])
+                self._validator.finish(
+                    each,
+                    [*token_ids[each.prompt, each.add_special_tokens]],
+                    limit,
+                    grammars[each.sampling.structure],
+                )
                 for each in wanted
             ]
 
@@ -174,11 +179,22 @@ class Generator:
             stream = self._dispatcher.submit(valid.request, timeout_s=valid.timeout_s)
         return Generation(valid, self._model, self._tokenizer, stream)
 
-    async def _tokenize(self, prompt: Prompt) -> list[int]:
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool | None = None) -> list[int]:
+        """As `Validator.tokenize`, without stalling other requests."""
         if _num_characters(prompt) <= _INLINE_CHARACTERS:
-            return self._validator.tokenize(prompt)
+            return self._validator.tokenize(prompt, add_special_tokens)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._validator.tokenize, prompt)
+        return await loop.run_in_executor(self._executor, self._validator.tokenize, prompt, add_special_tokens)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones by their names."""
+        self._validator.check_token_ids("tokens", token_ids)
+        if len(token_ids) <= _INLINE_CHARACTERS:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._executor, lambda: self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        )
 
     async def _compile(self, structure: Structure | None) -> str:
         if structure is None:
@@ -198,6 +214,10 @@ class Generator:
         """The UTF-8 of one token, or part of a character's; a special token's name."""
         return self._tokenizer.token_bytes(token_id)
 
+    def token_text(self, token_id: int) -> str:
+        """The token as the tokenizer names it."""
+        return self._tokenizer.token_text(token_id)
+
     def cancel(self, request_id: str) -> bool:
         """False where no request of this id is running."""
         return self._dispatcher.cancel(request_id)
@@ -208,7 +228,7 @@ def _num_characters(prompt: Prompt) -> int:
     match prompt:
         case str():
             return len(prompt)
-        case Chat(messages):
-            return sum(len(message.content) for message in messages)
+        case Chat(messages, tools, documents):
+            return sum(len(message.content) for message in messages) + sum(map(len, (*tools, *documents)))
         case _:
             return 0

@@ -1,14 +1,15 @@
-"""The HTTP front door: the OpenAI API, and what operators ask of a server."""
+"""The HTTP front door: the OpenAI API, vLLM's additions to it, and what operators ask of a server."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,9 +18,13 @@ from core.errors import ErrorCode, InvalidRequestError, PenstockError
 from core.model_info import ModelInfo
 from router.errors import HttpError, InternalServerError, http_error, openai_error
 from router.generation import Generator
+from router.openai_choices import Choice
+from router.openai_logprobs import Json
 from router.openai_requests import Body, ChatBody, CompletionBody, parse_body
-from router.openai_responses import CHAT, COMPLETION, Format, Json, Writer, model_object
+from router.openai_responses import CHAT, COMPLETION, Format, Writer, model_object
 from router.openai_stream import Answer, Choices, StreamedAnswer, WholeAnswer, to_json
+from router.openai_tokens import DetokenizeBody, TokenizeChatBody, parse_tokenize
+from router.openai_tools import ToolCalling, ToolUse
 from router.stream import RequestDispatcher
 from router.validation import GenerateInput, Validator
 from telemetry.metrics import CONTENT_TYPE
@@ -32,7 +37,10 @@ _PATH = re.compile(r"\w+")
 
 class OpenAIApi:
     """`wall_clock` is seconds since 1970; `draw_bits(k)` gives k random bits, for ids; `metrics` is an exposition,
-    `trace` what is known of a request by its id."""
+    `trace` what is known of a request by its id.
+
+    Browsers of pages from `allowed_origins` may read the answers; without any, none may.
+    """
 
     def __init__(
         self,
@@ -46,7 +54,11 @@ class OpenAIApi:
         wall_clock: Callable[[], float],
         draw_bits: Callable[[int], int],
         version: str,
+        tools: ToolCalling,
+        allowed_origins: Sequence[str] = (),
     ) -> None:
+        self._tools = tools
+        self._allowed_origins = tuple(allowed_origins)
         self._model = model
         self._validator = validator
         self._generator = generator
@@ -64,6 +76,10 @@ class OpenAIApi:
         app.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"])
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{name:path}", self.one_model, methods=["GET"])
+        app.add_api_route("/tokenize", self.tokenize, methods=["POST"])
+        app.add_api_route("/detokenize", self.detokenize, methods=["POST"])
+        app.add_api_route("/ping", self.health, methods=["GET", "POST"])
+        app.add_api_route("/load", self.load, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/version", self.version, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
@@ -72,37 +88,72 @@ class OpenAIApi:
         app.add_exception_handler(HTTPException, _on_error)
         app.add_exception_handler(ClientDisconnect, _on_error)
         app.add_exception_handler(Exception, _on_error)
+        if self._allowed_origins:
+            app.add_middleware(
+                CORSMiddleware, allow_origins=self._allowed_origins, allow_methods=["*"], allow_headers=["*"]
+            )
         return RequestIds(app, lambda: f"{self._draw_bits(128):032x}")
 
     # ---- generating
 
     async def completions(self, request: Request) -> Response:
         body = parse_body(CompletionBody, await read_body(request))
-        return await self._answer(body, body.inputs(), COMPLETION, {"token_ids": "prompt"})
+        return await self._answer(body, body.inputs(), COMPLETION, {"token_ids": "prompt"}, None)
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse_body(ChatBody, await read_body(request))
         names = {"prompt": "messages", "logprobs": "top_logprobs"}
         if body.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
-        return await self._answer(body, body.inputs(), CHAT, names)
+        self._validator.check_model(body.model or "")
+        tools = self._tools.offered(body.tools, body.tool_choice)
+        use = self._tools.use(body, tools)
+        return await self._answer(body, body.inputs(tools, use), CHAT, names, use)
 
-    async def _answer(self, body: Body, inputs: list[GenerateInput], form: Format, names: Renamed) -> Answer:
+    async def _answer(
+        self, body: Body, inputs: list[GenerateInput], form: Format, names: Renamed, use: ToolUse | None
+    ) -> Answer:
         """All inputs are valid, or none is queued. `names` are the fields' names in this body."""
         with renamed(names):
             valids = await self._generator.prepare_all(inputs)
-        answer_id = f"{form.id_prefix}{valids[0].request.request_id}"
         writer = Writer(
-            form, answer_id, self._model, int(self._wall_clock()), body.num_per_prompt, self._generator.token_bytes
+            form,
+            f"{form.id_prefix}{body.request_id or valids[0].request.request_id}",
+            self._model,
+            int(self._wall_clock()),
+            body.num_per_prompt,
+            self._generator.token_bytes,
+            continuous_usage=body.continuous_usage,
+            token_ids=bool(body.return_token_ids),
         )
+
+        def make_choice(num_prompt_tokens: int, keep: bool) -> Choice:
+            return Choice(num_prompt_tokens, use, lambda: f"call_{self._draw_bits(128):032x}", keep)
 
         def start() -> Choices:
             with renamed(names):
-                return Choices(self._generator, valids)
+                return Choices(self._generator, valids, make_choice)
 
         if body.stream:
             return StreamedAnswer(start, writer, include_usage=body.include_usage)
         return WholeAnswer(start, writer)
+
+    # ---- tokens
+
+    async def tokenize(self, request: Request) -> Response:
+        body = parse_tokenize(await read_body(request))
+        self._validator.check_model(body.model or "")
+        tools = self._tools.offered(body.tools) if isinstance(body, TokenizeChatBody) else ()
+        with renamed({"prompt": "messages"} if isinstance(body, TokenizeChatBody) else {}):
+            token_ids = await self._generator.tokenize(body.as_prompt(tools), body.add_special_tokens)
+        strings = [self._generator.token_text(token_id) for token_id in token_ids] if body.return_token_strs else None
+        told = {"count": len(token_ids), "max_model_len": self._max_model_len, "tokens": token_ids}
+        return json_response({**told, "token_strs": strings})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = parse_body(DetokenizeBody, await read_body(request))
+        self._validator.check_model(body.model or "")
+        return json_response({"prompt": await self._generator.detokenize(body.tokens)})
 
     # ---- asking
 
@@ -132,9 +183,17 @@ class OpenAIApi:
             return json_response(openai_error(message, ErrorCode.NOT_FOUND.openai_type, "request_id"), 404)
         return json_response(trace)
 
+    async def load(self) -> Response:
+        """How many requests are running or waiting."""
+        info = self._dispatcher.info()
+        return json_response({"server_load": info.num_running + info.num_queued})
+
+    @property
+    def _max_model_len(self) -> int:
+        return min(self._dispatcher.max_model_len or self._model.max_model_len, self._model.max_model_len)
+
     def _model_object(self) -> Json:
-        limit = self._dispatcher.max_model_len or self._model.max_model_len
-        return model_object(self._model, min(limit, self._model.max_model_len), self._created_s)
+        return model_object(self._model, self._max_model_len, self._created_s)
 
 
 class RequestIds:

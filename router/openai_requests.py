@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 
 from core.errors import InvalidRequestError, did_you_mean
 from core.sampling import MAX_SEED
+from router.openai_messages import messages_of
 from router.openai_structures import structure_of
-from router.validation import Chat, GenerateInput, Prompt, SamplingFields
-from text.chat_template import ChatMessage
+from router.openai_tools import ToolUse
+from router.validation import GenerateInput, Prompt, SamplingFields
+from text.chat_template import Chat, ChatMessage
+from text.tools.calls import Tool
 
 MAX_CHOICES = 128
+MAX_DOCUMENTS = 1024
 COMPLETION_MAX_TOKENS = 16
 """What /v1/completions writes where `max_tokens` is unset: the OpenAI API says so. A chat has no such limit."""
 
 NO_EFFECT = frozenset(
     (
-        *("user", "metadata", "store", "service_tier", "safety_identifier"),
-        *("prompt_cache_key", "prompt_cache_retention", "prediction", "parallel_tool_calls"),
+        *("metadata", "store", "service_tier", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_retention", "prediction"),
     )
 )
-"""Accepted whatever they hold: they would not change the output."""
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-B = TypeVar("B", bound="Body")
+B = TypeVar("B", bound="Fields")
 
 
 def prompts_of(value: object) -> list[Prompt]:
@@ -49,45 +51,6 @@ def _are_ids(items: list[Any]) -> bool:
     return all(type(item) is int for item in items)
 
 
-def messages_of(value: object) -> Chat:
-    if not isinstance(value, list):
-        raise InvalidRequestError("messages", value, "must be an array of messages")
-    return Chat(tuple(_message(f"messages[{i}]", item) for i, item in enumerate(value)))
-
-
-def _message(path: str, value: object) -> ChatMessage:
-    if not isinstance(value, dict):
-        raise InvalidRequestError(path, value, "must be an object with role and content")
-    role = value.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise InvalidRequestError(f"{path}.role", role, f"must be one of {', '.join(_ROLES)}")
-    for name, item in value.items():
-        if name not in ("role", "content", "name") and item not in (None, [], {}):
-            raise InvalidRequestError(f"{path}.{name}", item, "is not supported: leave it out")
-    return ChatMessage(_ROLES[role], _content(f"{path}.content", value.get("content")))
-
-
-def _content(path: str, value: object) -> str:
-    """A string, or an array of text parts, which belong together."""
-    match value:
-        case str():
-            return value
-        case [*parts] if parts:
-            return "".join(_part(f"{path}[{i}]", part) for i, part in enumerate(parts))
-        case _:
-            raise InvalidRequestError(path, value, "must be a string or an array of text parts")
-
-
-def _part(path: str, value: object) -> str:
-    match value:
-        case {"type": "text", "text": str(text)}:
-            return text
-        case {"type": str(kind)} if kind != "text":
-            raise InvalidRequestError(f"{path}.type", kind, "must be 'text': other input is not supported yet")
-        case _:
-            raise InvalidRequestError(path, value, "must be {'type': 'text', 'text': a string}")
-
-
 def bias_of(values: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     """JSON has strings for keys: those are token ids."""
     for name in values:
@@ -104,15 +67,24 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class Body(BaseModel):
-    """What both bodies share. A field that is null is a field left out."""
+class Fields(BaseModel):
+    """A field that is null is a field left out."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+    no_effect: ClassVar[frozenset[str]] = frozenset()
+    """Accepted whatever they hold: they would not change the output."""
     not_yet: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Fields that are accepted only with these values, which change nothing."""
+
+
+class Body(Fields):
+    """What both bodies share."""
+
+    no_effect: ClassVar[frozenset[str]] = NO_EFFECT
 
     model: str | None = None
     stream: bool | None = None
@@ -145,10 +117,21 @@ class Body(BaseModel):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    user: str | None = None
+    priority: int | None = None
+    request_id: str | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    return_token_ids: bool | None = None
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Usage so far in every chunk."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def num_per_prompt(self) -> int:
@@ -197,18 +180,34 @@ class Body(BaseModel):
         if not 1 <= self.num_per_prompt * len(prompts) <= MAX_CHOICES:
             limit = f"must be at least 1, and n times the number of prompts at most {MAX_CHOICES}"
             raise InvalidRequestError("n", self.num_per_prompt, limit)
+        num_choices = self.num_per_prompt * len(prompts)
         return [
             GenerateInput(
                 prompt,
                 self.fields(max_tokens, choice),
                 self.model or "",
+                request_id=self._request_id(i * self.num_per_prompt + choice, num_choices),
                 default_max_tokens=default_max_tokens,
                 cache_salt=self.cache_salt or "",
                 kv_wire_dtype=self.kv_wire_dtype or "",
+                priority=self.priority or 0,
+                user=self.user or "",
+                add_special_tokens=self.add_special_tokens,
+                truncate_prompt_tokens=self.truncate_prompt_tokens,
             )
-            for prompt in prompts
+            for i, prompt in enumerate(prompts)
             for choice in range(self.num_per_prompt)
         ]
+
+    def _request_id(self, index: int, num_choices: int) -> str:
+        """Of several choices each is a request, with an id of its own."""
+        return (
+            self.request_id
+            if self.request_id and num_choices == 1
+            else f"{self.request_id}-{index}"
+            if self.request_id
+            else ""
+        )
 
 
 class CompletionBody(Body):
@@ -231,8 +230,6 @@ class CompletionBody(Body):
 
 class ChatBody(Body):
     not_yet: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "tools": (None, []),
-        "tool_choice": (None, "none", "auto"),
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
         "modalities": (None, ["text"]),
@@ -242,10 +239,17 @@ class ChatBody(Body):
         "web_search_options": (None,),
     }
 
-    messages: Annotated[Chat, PlainValidator(messages_of)]
+    messages: Annotated[tuple[ChatMessage, ...], PlainValidator(messages_of)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -255,24 +259,70 @@ class ChatBody(Body):
             raise InvalidRequestError("top_logprobs", self.top_logprobs, "must be left out unless logprobs is true")
         return None
 
-    def inputs(self) -> list[GenerateInput]:
+    def inputs(self, tools: Sequence[Tool] = (), use: ToolUse | None = None) -> list[GenerateInput]:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.expand([self.messages], max_tokens)
+        inputs = self.expand([chat_of(self, tools)], max_tokens)
+        return [replace(each, sampling=self._with_tools(each.sampling, use)) for each in inputs] if use else inputs
+
+    def _with_tools(self, sampling: SamplingFields, use: ToolUse) -> SamplingFields:
+        """What marks a call may be special tokens. No other structure would leave room for a call."""
+        if sampling.structure is not None:
+            fix = "must be left out beside tools, unless tool_choice is 'none'"
+            raise InvalidRequestError(sampling.structure.field, sampling.structure.text, fix)
+        return replace(sampling, structure=use.structure, skip_special_tokens=self.skip_special_tokens is True)
 
 
-def parse_body(kind: type[B], raw: bytes) -> B:
-    """`InvalidRequestError` that names the first field at fault."""
+class Templated(Protocol):
+    """What a chat template is given."""
+
+    messages: tuple[ChatMessage, ...]
+    documents: list[dict[str, Any]] | None
+    chat_template_kwargs: dict[str, Any] | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+
+
+def chat_of(body: Templated, tools: Sequence[Tool] = ()) -> Chat:
+    continued = bool(body.continue_final_message)
+    if continued and body.add_generation_prompt:
+        fix = "must be left out where continue_final_message is true"
+        raise InvalidRequestError("add_generation_prompt", True, fix)
+    variables = body.chat_template_kwargs or {}
+    for name in ("messages", "tools", "documents", "add_generation_prompt"):
+        if name in variables:
+            raise InvalidRequestError(f"chat_template_kwargs.{name}", variables[name], "must be a field of its own")
+    if len(body.documents or ()) > MAX_DOCUMENTS:
+        raise InvalidRequestError(
+            "documents", f"{len(body.documents or ())} documents", f"must be at most {MAX_DOCUMENTS}"
+        )
+    return Chat(
+        body.messages,
+        tools=tuple(tool.definition for tool in tools),
+        documents=tuple(json.dumps(document, ensure_ascii=False) for document in body.documents or ()),
+        variables=json.dumps(variables, ensure_ascii=False) if variables else "",
+        add_generation_prompt=not continued and body.add_generation_prompt is not False,
+        continue_last=continued,
+    )
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
     try:
         data = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError("body", raw[:20], f"must be JSON in UTF-8: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequestError("body", data, "must be a JSON object")
+    return data
+
+
+def parse_body(kind: type[B], raw: bytes) -> B:
+    """`InvalidRequestError` that names the first field at fault."""
+    data = parse_json(raw)
     for name, harmless in kind.not_yet.items():
         if data.get(name) not in harmless:
             raise InvalidRequestError(name, data[name], "is not supported yet: leave it out")
     try:
-        return kind.model_validate({k: v for k, v in data.items() if k not in NO_EFFECT and k not in kind.not_yet})
+        return kind.model_validate({k: v for k, v in data.items() if k not in kind.no_effect and k not in kind.not_yet})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from core.logprobs import TokenLogprobs
 from core.model_info import ModelInfo
 from router.generation import Done, TextDelta
+from router.openai_choices import Choice, Part
 from router.openai_logprobs import Json, TokenBytes, chat_logprobs, completion_logprobs, prompt_logprobs
-
-__all__ = ["CHAT", "COMPLETION", "Choice", "Format", "Json", "Writer", "model_object"]
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Where the two endpoints differ. `whole` and `piece` hold a choice's text, all of it or what is new.
+    """Where the two endpoints differ. `whole` and `piece` hold a choice's text and calls, all of them or what is new.
 
-    `logprobs` writes those of tokens after a number of characters.
+    `logprobs` writes those of tokens after a number of characters. `prompt_in_choice`: what is told of prompts stands
+    with each choice.
     """
 
     id_prefix: str
@@ -25,10 +25,16 @@ class Format:
     chunk_kind: str
     opening: Json | None
     """What a choice's stream begins with, before any text."""
-    whole: Callable[[str], Json]
-    piece: Callable[[str], Json]
+    whole: Callable[[str, Sequence[Json]], Json]
+    piece: Callable[[str, Sequence[Json]], Json]
     logprobs: Callable[[Sequence[TokenLogprobs], TokenBytes, int], Json]
-    prompt_logprobs_in_choice: bool
+    prompt_in_choice: bool
+
+
+def _message(text: str, calls: Sequence[Json]) -> Json:
+    """Content is null where there is nothing but calls."""
+    message: Json = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+    return {"message": message | ({"tool_calls": calls} if calls else {})}
 
 
 COMPLETION = Format(
@@ -36,48 +42,29 @@ COMPLETION = Format(
     whole_kind="text_completion",
     chunk_kind="text_completion",
     opening=None,
-    whole=lambda text: {"text": text},
-    piece=lambda text: {"text": text},
+    whole=lambda text, _: {"text": text},
+    piece=lambda text, _: {"text": text},
     logprobs=completion_logprobs,
-    prompt_logprobs_in_choice=True,
+    prompt_in_choice=True,
 )
 CHAT = Format(
     id_prefix="chatcmpl-",
     whole_kind="chat.completion",
     chunk_kind="chat.completion.chunk",
     opening={"delta": {"role": "assistant", "content": ""}},
-    whole=lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
-    piece=lambda text: {"delta": {"content": text} if text else {}},
+    whole=_message,
+    piece=lambda text, calls: {"delta": ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {})},
     logprobs=lambda told, token_bytes, _: chat_logprobs(told, token_bytes),
-    prompt_logprobs_in_choice=False,
+    prompt_in_choice=False,
 )
-
-
-@dataclass(slots=True)
-class Choice:
-    """What has come of one choice."""
-
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    done: Done | None = None
-
-    def take(self, event: TextDelta | Done) -> None:
-        if isinstance(event, Done):
-            self.done = event
-        else:
-            self.texts.append(event.text)
-            self.logprobs += event.logprobs
-            self.prompt_logprobs += event.prompt_logprobs
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.done.finish_reason.value if self.done else None
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Writes one answer. `created_s` is in seconds since 1970; `num_per_prompt` choices follow each other."""
+    """Writes one answer. `created_s` is in seconds since 1970; `num_per_prompt` choices follow each other.
+
+    With `continuous_usage` each chunk of a stream tells its choice's usage so far; with `token_ids` those are told too.
+    """
 
     format: Format
     answer_id: str
@@ -85,19 +72,30 @@ class Writer:
     created_s: int
     num_per_prompt: int
     token_bytes: TokenBytes
+    continuous_usage: bool = False
+    token_ids: bool = False
 
-    def whole(self, choices: Sequence[Choice]) -> Json:
+    def whole(self, choices: Sequence[Choice], prompts: Sequence[Sequence[int]] = ()) -> Json:
+        """`prompts` are the token ids of each choice's, for who wants them."""
         ended = [self._ended(i, choice) for i, choice in enumerate(choices)]
         more: Json = {"usage": self._usage(choices)}
-        if choices[0].prompt_logprobs and not self.format.prompt_logprobs_in_choice:
+        if choices[0].prompt_logprobs and not self.format.prompt_in_choice:
             more["prompt_logprobs"] = prompt_logprobs(choices[0].prompt_logprobs, self.token_bytes)
+        if self.token_ids and not self.format.prompt_in_choice:
+            more["prompt_token_ids"] = list(prompts[0])
+        elif self.token_ids:
+            for choice, prompt in zip(ended, prompts, strict=True):
+                choice["prompt_token_ids"] = list(prompt)
         return self._object(self.format.whole_kind, ended, **more)
 
     def _ended(self, index: int, choice: Choice) -> Json:
         logprobs = self._logprobs(choice.logprobs, 0)
-        ended = _choice(index, self.format.whole("".join(choice.texts)), choice.finish_reason, logprobs)
-        if choice.prompt_logprobs and self.format.prompt_logprobs_in_choice:
+        content = self.format.whole("".join(choice.texts), choice.calls)
+        ended = _choice(index, content, choice.finish_reason, logprobs)
+        if choice.prompt_logprobs and self.format.prompt_in_choice:
             ended["prompt_logprobs"] = prompt_logprobs(choice.prompt_logprobs, self.token_bytes)
+        if self.token_ids:
+            ended["token_ids"] = choice.token_ids
         return ended
 
     def _logprobs(self, told: Sequence[TokenLogprobs], first_offset: int) -> Json | None:
@@ -107,20 +105,32 @@ class Writer:
         """Of the tokens, each by itself."""
         return sum(len(self.token_bytes(t.token_id).decode(errors="replace")) for t in told)
 
-    def opening(self, index: int) -> Json | None:
+    def opening(self, index: int, choice: Choice) -> Json | None:
         if self.format.opening is None:
             return None
-        return self._object(self.format.chunk_kind, [_choice(index, self.format.opening)])
+        return self._chunk(choice, _choice(index, self.format.opening))
 
-    def chunk(self, index: int, event: TextDelta | Done, first_offset: int = 0) -> Json | None:
-        """None for tokens that complete no character and have no log-probabilities."""
+    def chunks(self, index: int, event: TextDelta | Done, part: Part, choice: Choice, first_offset: int) -> list[Json]:
+        """None for tokens that complete nothing and have no log-probabilities."""
+        chunks = []
+        content = self.format.piece(part.text, part.calls)
         if isinstance(event, Done):
-            ended = _choice(index, self.format.piece(""), event.finish_reason.value)
-            return self._object(self.format.chunk_kind, [ended])
-        if not event.text and not event.logprobs:
-            return None
-        logprobs = self._logprobs(event.logprobs, first_offset)
-        return self._object(self.format.chunk_kind, [_choice(index, self.format.piece(event.text), None, logprobs)])
+            if part.text or part.calls:
+                chunks.append(self._chunk(choice, _choice(index, content)))
+            ended = _choice(index, self.format.piece("", ()), choice.finish_reason)
+            return [*chunks, self._chunk(choice, ended)]
+        if not (part.text or part.calls or event.logprobs or self.token_ids):
+            return []
+        new = _choice(index, content, None, self._logprobs(event.logprobs, first_offset))
+        if self.token_ids:
+            new["token_ids"] = list(event.token_ids)
+        return [self._chunk(choice, new)]
+
+    def _chunk(self, choice: Choice, content: Json) -> Json:
+        more: Json = {}
+        if self.continuous_usage:
+            more["usage"] = _usage(choice.num_prompt_tokens, choice.num_output_tokens)
+        return self._object(self.format.chunk_kind, [content], **more)
 
     def usage_chunk(self, choices: Sequence[Choice]) -> Json:
         return self._object(self.format.chunk_kind, [], usage=self._usage(choices))
@@ -128,13 +138,10 @@ class Writer:
     def _usage(self, choices: Sequence[Choice]) -> Json:
         """A prompt counts once, however many choices it has."""
         counts = [choice.done for choice in choices if choice.done]
-        num_prompt = sum(done.num_prompt_tokens for done in counts[:: self.num_per_prompt])
-        num_output = sum(done.num_output_tokens for done in counts)
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_output,
-            "total_tokens": num_prompt + num_output,
-        }
+        prompts = counts[:: self.num_per_prompt]
+        num_prompt = sum(done.num_prompt_tokens for done in prompts)
+        num_cached = sum(done.stats.num_cached_tokens or 0 for done in prompts)
+        return _usage(num_prompt, sum(done.num_output_tokens for done in counts), num_cached)
 
     def _object(self, kind: str, choices: list[Json], **more: Json) -> Json:
         return {
@@ -146,6 +153,15 @@ class Writer:
             "choices": choices,
             **more,
         }
+
+
+def _usage(num_prompt: int, num_output: int, num_cached: int | None = None) -> Json:
+    usage: Json = {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+    }
+    return usage if num_cached is None else {**usage, "prompt_tokens_details": {"cached_tokens": num_cached}}
 
 
 def _choice(index: int, content: Json, finish_reason: str | None = None, logprobs: Json | None = None) -> Json:

@@ -15,7 +15,9 @@ from starlette.types import Receive, Scope, Send
 from core.errors import PenstockError
 from router.errors import InternalServerError, http_error
 from router.generation import Done, Generation, Generator, TextDelta
-from router.openai_responses import Choice, Json, Writer
+from router.openai_choices import Choice
+from router.openai_logprobs import Json
+from router.openai_responses import Writer
 from router.validation import ValidRequest
 
 _log = logging.getLogger(__name__)
@@ -28,8 +30,13 @@ Merged = asyncio.Queue[tuple[int, Event | Exception | None]]
 class Choices:
     """The generations of one call, running side by side. All are queued, or none."""
 
-    def __init__(self, generator: Generator, valids: Sequence[ValidRequest]) -> None:
+    def __init__(
+        self, generator: Generator, valids: Sequence[ValidRequest], make_choice: Callable[[int, bool], Choice]
+    ) -> None:
+        """`make_choice(num_prompt_tokens, keep)` reads a choice."""
         self._generations: list[Generation] = []
+        self.prompts = [valid.request.prompt_token_ids for valid in valids]
+        self._make_choice = make_choice
         try:
             for valid in valids:
                 self._generations.append(generator.start(valid))
@@ -37,8 +44,8 @@ class Choices:
             self.close()
             raise
 
-    def __len__(self) -> int:
-        return len(self._generations)
+    def readers(self, *, keep: bool) -> list[Choice]:
+        return [self._make_choice(len(prompt), keep) for prompt in self.prompts]
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
         """(index of the choice, event), as they come. The first failure ends it all."""
@@ -115,11 +122,11 @@ class WholeAnswer(Answer):
     """One JSON object, when all choices have ended."""
 
     async def _send(self, choices: Choices, send: Send) -> None:
-        taken = [Choice() for _ in range(len(choices))]
+        taken = choices.readers(keep=True)
         async with aclosing(choices.events()) as events:
             async for index, event in events:
                 taken[index].take(event)
-        body = to_json(self._writer.whole(taken))
+        body = to_json(self._writer.whole(taken, choices.prompts))
         self.headers["content-length"] = str(len(body))
         await self._begin(send)
         await send({"type": "http.response.body", "body": body})
@@ -158,23 +165,22 @@ class StreamedAnswer(Answer):
         await send({"type": "http.response.body", "body": b""})
 
     async def _events(self, choices: Choices) -> AsyncGenerator[bytes]:
-        taken = [Choice() for _ in range(len(choices))]
-        offsets = [0] * len(choices)  # in characters, of tokens with log-probabilities
+        taken = choices.readers(keep=False)
+        offsets = [0] * len(taken)  # in characters, of tokens with log-probabilities
         opened: set[int] = set()
         async with aclosing(choices.events()) as events:
             async for index, event in events:
-                if isinstance(event, Done):
-                    taken[index].take(event)
+                choice = taken[index]
                 if index not in opened:
                     opened.add(index)
-                    opening = self._writer.opening(index)
+                    opening = self._writer.opening(index, choice)
                     if opening:
                         yield sse(opening)
-                chunk = self._writer.chunk(index, event, offsets[index])
+                part = choice.take(event)
+                for chunk in self._writer.chunks(index, event, part, choice, offsets[index]):
+                    yield sse(chunk)
                 if isinstance(event, TextDelta):
                     offsets[index] += self._writer.num_characters(event.logprobs)
-                if chunk:
-                    yield sse(chunk)
         if self._include_usage:
             yield sse(self._writer.usage_chunk(taken))
         yield b"data: [DONE]\n\n"

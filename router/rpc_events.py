@@ -133,6 +133,7 @@ def _prefilled(event: pb.Prefilled) -> Prefilled:
         record=_record(event.record) if event.HasField("record") else None,
         logprobs=_logprobs(event.logprobs),
         prompt_logprobs=_logprobs(event.prompt_logprobs),
+        num_cached_tokens=event.num_cached_tokens,
     )
 
 

@@ -19,8 +19,8 @@ from core.stats import RequestStats
 from penstock.v1 import inference_pb2 as pb
 from router.generation import Done, Started, TextDelta
 from router.info import ClusterInfo, PairInfo, WorkerInfo
-from router.validation import Chat, GenerateInput, Prompt, SamplingFields
-from text.chat_template import ChatMessage
+from router.validation import GenerateInput, Prompt, SamplingFields
+from text.chat_template import Chat, ChatMessage
 from text.grammar import JSON_OBJECT, Structure
 
 M = TypeVar("M", bound=Message)
@@ -89,6 +89,8 @@ def generate_input(request: pb.GenerateRequest, time_remaining_s: float | None) 
         timeout_s=min(timeouts, default=None),
         cache_salt=request.cache_salt,
         kv_wire_dtype=request.kv_wire_dtype,
+        priority=request.priority,
+        user=request.user,
     )
 
 

@@ -16,7 +16,7 @@ from core.kv_layout import WireDtype, wire_dtype
 from core.model_info import ModelInfo
 from core.request import Request
 from core.sampling import SamplingParams
-from text.chat_template import ChatMessage
+from text.chat_template import Chat
 from text.grammar import GrammarCompiler, Structure
 from text.tokenizer import Tokenizer
 
@@ -30,6 +30,9 @@ MIN_TEMPERATURE = 1e-5
 MIN_TOP_P = 1e-6
 """Below this, `top_p` leaves one token as well."""
 MAX_NAME_LEN = 128
+MAX_PRIORITY = 2**31 - 1
+MAX_TOKEN_IDS = 4096
+"""In each of the lists that say which tokens may come, or end the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +62,6 @@ class SamplingFields:
     structure: Structure | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
-    messages: tuple[ChatMessage, ...]
-
-
 Prompt = str | tuple[int, ...] | Chat
 """Text, token ids, or messages for the model's chat template."""
 
@@ -73,7 +71,9 @@ class GenerateInput:
     """One request as it came. An empty `model` means the served one; an empty `request_id` is drawn; an empty
     `kv_wire_dtype` is the router's.
 
-    `default_max_tokens` holds where `max_tokens` is unset, as far as the model's length leaves so much.
+    `default_max_tokens` holds where `max_tokens` is unset, as far as the model's length leaves so much. `priority` is
+    for the queue: lower goes first. `user` is whom the client asks for. Of a prompt longer than
+    `truncate_prompt_tokens` its end is taken.
     """
 
     prompt: Prompt
@@ -84,6 +84,10 @@ class GenerateInput:
     default_max_tokens: int | None = None
     cache_salt: str = ""
     kv_wire_dtype: str = ""
+    priority: int = 0
+    user: str = ""
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,40 +129,49 @@ class Validator:
         self.check_model(wanted.model)
         self._sampling(wanted.sampling, max_tokens=self._model.max_model_len)
         _check_texts("stop", wanted.sampling.stop, MAX_STOPS)
-        self._check_token_ids("stop_token_ids", wanted.sampling.stop_token_ids)
-        self._check_token_ids("allowed_token_ids", wanted.sampling.allowed_token_ids)
-        self._check_token_ids("logit_bias", [token_id for token_id, _ in wanted.sampling.logit_bias])
+        bias = [token_id for token_id, _ in wanted.sampling.logit_bias]
+        for name, token_ids in (
+            ("stop_token_ids", wanted.sampling.stop_token_ids),
+            ("allowed_token_ids", wanted.sampling.allowed_token_ids),
+            ("logit_bias", bias),
+        ):
+            if len(token_ids) > MAX_TOKEN_IDS:
+                raise InvalidRequestError(name, f"{len(token_ids)} token ids", f"must be at most {MAX_TOKEN_IDS}")
+            self.check_token_ids(name, token_ids)
         _check_texts("bad_words", wanted.sampling.bad_words, MAX_BAD_WORDS)
         _check_structure(wanted.sampling)
-        for name in ("request_id", "cache_salt"):
+        for name in ("request_id", "cache_salt", "user"):
             text = getattr(wanted, name)
             _check_unicode(name, text)
             if len(text) > MAX_NAME_LEN:
                 raise InvalidRequestError(name, text, f"must have at most {MAX_NAME_LEN} characters")
+        if not -MAX_PRIORITY <= wanted.priority <= MAX_PRIORITY:
+            raise InvalidRequestError("priority", wanted.priority, f"must be in [{-MAX_PRIORITY}, {MAX_PRIORITY}]")
+        if wanted.truncate_prompt_tokens is not None and wanted.truncate_prompt_tokens < 1:
+            raise InvalidRequestError("truncate_prompt_tokens", wanted.truncate_prompt_tokens, "must be >= 1")
         wire_dtype(wanted.kv_wire_dtype or self._kv_wire_dtype)
         timeout_s = wanted.timeout_s
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
             raise InvalidRequestError("timeout_s", timeout_s, "must be a finite number of seconds > 0")
 
-    def tokenize(self, prompt: Prompt) -> list[int]:
-        """The prompt's token ids. May run in another thread: slow where the prompt is long."""
+    def tokenize(self, prompt: Prompt, add_special_tokens: bool | None = None) -> list[int]:
+        """The prompt's token ids. Special tokens go around text and not around a chat, whose template has written them,
+        unless `add_special_tokens` says otherwise. May run in another thread: slow where the prompt is long."""
         match prompt:
-            case Chat(messages):
-                if not messages:
-                    raise InvalidRequestError("messages", [], "must hold at least one message")
-                for i, message in enumerate(messages):
-                    _check_unicode(f"messages[{i}].role", message.role)
-                    _check_unicode(f"messages[{i}].content", message.content)
-                return self._tokenizer.encode(self._tokenizer.chat_prompt(messages), add_special_tokens=False)
+            case Chat():
+                _check_chat(prompt)
+                text = self._tokenizer.chat_prompt(prompt)
+                _check_unicode("messages", text)
+                return self._tokenizer.encode(text, add_special_tokens=bool(add_special_tokens))
             case str():
                 if not prompt:
                     raise InvalidRequestError("prompt", prompt, "must not be empty")
                 _check_unicode("prompt", prompt)
-                return self._tokenizer.encode(prompt)
+                return self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens is not False)
             case _:
                 if not prompt:
                     raise InvalidRequestError("token_ids", [], "must hold at least one token id")
-                self._check_token_ids("token_ids", prompt)
+                self.check_token_ids("token_ids", prompt)
                 return list(prompt)
 
     def compile(self, structure: Structure | None) -> str:
@@ -170,6 +183,8 @@ class Validator:
     ) -> ValidRequest:
         """Fits a checked, tokenized request into the model's length, or the workers' where they hold less."""
         limit = min(self._model.max_model_len, max_model_len or self._model.max_model_len)
+        if wanted.truncate_prompt_tokens is not None:
+            prompt_token_ids = prompt_token_ids[-wanted.truncate_prompt_tokens :]
         num_prompt = len(prompt_token_ids)
         if not num_prompt:
             raise InvalidRequestError("prompt", wanted.prompt, "must not be empty: it has no tokens")
@@ -194,6 +209,8 @@ class Validator:
             sampling,
             cache_salt=wanted.cache_salt,
             kv_wire_dtype=wire_dtype(wanted.kv_wire_dtype or self._kv_wire_dtype),
+            priority=wanted.priority,
+            user=wanted.user,
         )
         return ValidRequest(request, fields.stop, wanted.timeout_s, *shown)
 
@@ -235,7 +252,7 @@ class Validator:
         found = dict.fromkeys(tuple(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts)
         return tuple(token_ids for token_ids in found if token_ids)
 
-    def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
+    def check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
         size = self._model.vocab_size
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
             position = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < size)
@@ -253,6 +270,14 @@ def _check_texts(field: str, texts: Sequence[str], limit: int) -> None:
         if not text:
             raise InvalidRequestError(f"{field}[{i}]", text, "must not be empty")
         _check_unicode(f"{field}[{i}]", text)
+
+
+def _check_chat(chat: Chat) -> None:
+    if not chat.messages:
+        raise InvalidRequestError("messages", [], "must hold at least one message")
+    for i, message in enumerate(chat.messages):
+        _check_unicode(f"messages[{i}].role", message.role)
+        _check_unicode(f"messages[{i}].content", message.content)
 
 
 def _check_structure(fields: SamplingFields) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -16,11 +17,41 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from core.errors import CheckpointError, InvalidRequestError
 
+MAX_TEMPLATE_CHARACTERS = 2**22
+"""Of a prompt that a template makes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the assistant made. `arguments` is JSON."""
+
+    call_id: str
+    name: str
+    arguments: str
+
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
+    """`tool_call_id` says which call a message of role `tool` answers."""
+
     role: str
     content: str
+    name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages, and what else a chat template is given, as JSON: the definitions of tools and documents, and an object
+    of further variables. With `continue_last` the last message is not over: the model goes on writing it."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[str, ...] = ()
+    documents: tuple[str, ...] = ()
+    variables: str = ""
+    add_generation_prompt: bool = True
+    continue_last: bool = False
 
 
 class ChatTemplate:
@@ -41,22 +72,66 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda format: now().strftime(format)  # noqa: A006 - named so
         self._variables = dict(special_tokens)
+        self.source = source
         try:
             self._template = environment.from_string(source)
+            self._names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{origin}: chat template, line {error.lineno}: {error.message}") from error
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    def reads(self, variable: str) -> bool:
+        """Whether the template looks at `variable`."""
+        return variable in self._names
+
+    def render(self, chat: Chat) -> str:
         """The prompt after which the assistant speaks next. `InvalidRequestError` where the template refuses."""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self._template.render(
-                **self._variables, messages=turns, tools=None, documents=None, add_generation_prompt=True
+            prompt = self._template.render(
+                **(json.loads(chat.variables) if chat.variables else {}) | self._variables,
+                messages=[_turn(message) for message in chat.messages],
+                tools=[json.loads(tool) for tool in chat.tools] or None,
+                documents=[json.loads(document) for document in chat.documents] or None,
+                add_generation_prompt=chat.add_generation_prompt,
             )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            roles = [message.role for message in messages]
+        except (
+            *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError),
+            *(TypeError, ValueError, RecursionError),
+        ) as error:
+            roles = [message.role for message in chat.messages]
             fix = f"must suit the model's chat template, which says: {str(error).rstrip('.')}"
             raise InvalidRequestError("messages", roles, fix) from error
+        if len(prompt) > MAX_TEMPLATE_CHARACTERS:
+            fix = f"must make a prompt of at most {MAX_TEMPLATE_CHARACTERS} characters"
+            raise InvalidRequestError("messages", f"{len(prompt)} characters", fix)
+        return _up_to_last(prompt, chat.messages[-1].content) if chat.continue_last else prompt
+
+
+def _turn(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates know it; what is not there has no key, for they ask for that."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments or "{}")},
+            }
+            for call in message.tool_calls
+        ]
+    for name in ("name", "tool_call_id"):
+        if value := getattr(message, name):
+            turn[name] = value
+    return turn
+
+
+def _up_to_last(prompt: str, content: str) -> str:
+    """The prompt without what the template puts behind the last message."""
+    text = content.strip()
+    position = prompt.rfind(text)
+    if not text or position < 0:
+        fix = "must end with a message whose text the chat template shows, to be continued"
+        raise InvalidRequestError("messages", content, fix)
+    return prompt[: position + len(text)]
 
 
 def _tojson(

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from core.errors import CheckpointError, InvalidRequestError
-from text.chat_template import ChatMessage, ChatTemplate, template_source
+from text.chat_template import Chat, ChatTemplate, template_source
 from text.detokenizer import Detokenizer
 from text.pieces import Pieces
 
@@ -84,26 +84,38 @@ class Tokenizer:
         ids = self._backend.encode_batch_fast([text], add_special_tokens=by_library)[0].ids
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens and self._config_decides else ids
 
-    def chat_prompt(self, messages: Sequence[ChatMessage]) -> str:
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return self._chat_template
+
+    def chat_prompt(self, chat: Chat) -> str:
         """The prompt of a chat; it holds its special tokens already. `InvalidRequestError` where there is no way."""
         if self._chat_template is None:
             raise InvalidRequestError(
-                "messages", f"{len(messages)} messages", "this model has no chat template: send a prompt instead"
+                "messages", f"{len(chat.messages)} messages", "this model has no chat template: send a prompt instead"
             )
-        return self._chat_template.render(messages)
+        return self._chat_template.render(chat)
 
     def detokenizer(self, prompt_token_ids: Iterable[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
         """For tokens that go on after a prompt, or for a whole text where there is none."""
         strip = self._pieces.leading_space and all(token_id in self._special_ids for token_id in prompt_token_ids)
         return Detokenizer(self._pieces if skip_special_tokens else self._all_pieces, strip_leading_space=strip)
 
+    def is_token(self, text: str) -> bool:
+        """Whether there is a token for all of `text`."""
+        return self._backend.token_to_id(text) is not None
+
+    def token_text(self, token_id: int) -> str:
+        """The token as the vocabulary has it; empty for an id that it has not."""
+        return self._backend.id_to_token(token_id) or ""
+
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 of one token, or part of a character's; a special token's name."""
         return self._all_pieces[token_id]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a whole sequence; special tokens have none."""
-        detokenizer = self.detokenizer()
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a whole sequence; special tokens have none, unless they are not to be skipped."""
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return detokenizer.push(token_ids) + detokenizer.flush()
 
     def _token_ids(self, named: Mapping[str, str], name: str) -> list[int]:

@@ -138,6 +138,8 @@ class ClientBase(ABC, Generic[G_co]):
         request_id: str | None = None,
         cache_salt: str = "",
         kv_wire_dtype: str = "",
+        priority: int = 0,
+        user: str = "",
         **sampling: Unpack[Sampling],
     ) -> G_co:
         """Start to generate from exactly one of `prompt`, `token_ids` and `messages` (a chat).
@@ -146,7 +148,7 @@ class ClientBase(ABC, Generic[G_co]):
         greedy; the text ends before the first of `stop`. `request_id` makes the generation known to `cancel`; an empty
         `model` is the one that is served. Requests share what the server has cached of prompts only under one
         `cache_salt`. `kv_wire_dtype` "int8" lets the server round K and V where it carries them from worker to worker,
-        "auto" forbids it.
+        "auto" forbids it. Requests of a lower `priority` go first; `user` is whom the client asks for.
         Raises `InvalidRequestError` here for what can't be sent; all other errors come out of the generation.
         """
         limit_s = self.timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
@@ -158,6 +160,8 @@ class ClientBase(ABC, Generic[G_co]):
                 "timeout_s": timeout_s if limit_s < math.inf else None,
                 "cache_salt": cache_salt,
                 "kv_wire_dtype": kv_wire_dtype,
+                "priority": priority,
+                "user": user,
             },
             checked(sampling),
         )

@@ -79,7 +79,8 @@ class Stats:
     """Where the time of one generation went, told by the server; None where a stage did not happen.
 
     `ttft_s` and `e2e_s` run from the arrival at the router to its first and last token. `transfer_s` is the time the KV
-    channel spent on this request, `transfer_exposed_s` the part of it that computing did not hide.
+    channel spent on this request, `transfer_exposed_s` the part of it that computing did not hide. `num_cached_tokens`
+    of the prompt were found in the cache of the worker that read it.
     """
 
     prefill_worker: str = ""
@@ -92,6 +93,7 @@ class Stats:
     transfer_s: float | None = None
     transfer_exposed_s: float | None = None
     kv_bytes: int | None = None
+    num_cached_tokens: int | None = None
     ttft_s: float | None = None
     e2e_s: float | None = None
 

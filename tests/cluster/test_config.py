@@ -35,7 +35,7 @@ WRONG = [
     ("{model: m, zzz: 1}", "zzz: got 1, is not a field; known: decode, drain_timeout_s, engine, host, "),
     ("{model: m, block_size: 8}", "block_size: got 8, is not a field; did you mean 'engine.block_size'?"),
     ("{model: m, engine: {blok_size: 8}}", "engine.blok_size: got 8, is not a field; did you mean 'block_size'?"),
-    ("{model: m, router: {lease_s: 1}}", "router.lease_s: got 1, is not a field; known: dispatch, "),
+    ("{model: m, router: {lease_s: 1}}", "router.lease_s: got 1, is not a field; known: allowed_origins, "),
     (
         "{model: m, router: {max_attempts: 1}}",
         "router.max_attempts: got 1, is not a field; did you mean 'router.dispatch.max_attempts'?",

@@ -120,6 +120,13 @@ def test_tokens_do_not_depend_on_company(router: Router) -> None:
     assert router.load.num_preemptions > 0
 
 
+def test_a_prompt_says_how_much_of_it_was_found(router: Router) -> None:
+    tickets, salt = [local() for _ in range(2)], new_name()
+    for ticket, expected in zip(tickets, (0, 64), strict=True):
+        router.say(Prefill(ticket, work(prompt_of(70), 1, salt=salt)))
+        assert router.next(Prefilled, ticket.key).num_cached_tokens == expected
+
+
 def test_what_was_asked_before_is_found_and_told(router: Router, worker: Running) -> None:
     """Whoever comes later is told of all that is cached, before anything else."""
     prompt, salt = prompt_of(70), new_name()

@@ -37,6 +37,16 @@ def test_the_openai_package_chats(sdk: openai.OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == ["penstock-tiny"]
 
 
+def test_usage_tells_how_much_of_a_prompt_was_cached(sdk: openai.OpenAI) -> None:
+    salted: dict[str, Any] = {"extra_body": {"cache_salt": "usage"}, "max_tokens": 2, "model": "penstock-tiny"}
+    usages = [sdk.completions.create(prompt=PROMPT * 20, **salted).usage for _ in range(2)]
+    first, again = (usage.prompt_tokens_details for usage in usages if usage is not None)
+    assert first is not None
+    assert again is not None
+    assert first.cached_tokens == 0
+    assert (again.cached_tokens or 0) > 50
+
+
 def test_metrics_and_health_tell_of_the_requests(cluster: Serving, sdk: openai.OpenAI) -> None:
     sdk.completions.create(model="penstock-tiny", prompt=PROMPT, max_tokens=4)
     assert httpx.get(f"http://{cluster.http}/health").status_code == 200

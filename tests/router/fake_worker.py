@@ -57,6 +57,7 @@ class Script:
     no_release: bool = False
     pairs_fail: int = 0
     pairs_permanent: bool = False
+    num_cached_tokens: int = 0
     hello_incarnation: str | None = None
     wire_version: int = 1
 
@@ -275,6 +276,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             first_token_id=first,
             finish=finish,
             record=None if finish or local else record,
+            num_cached_tokens=self.script.num_cached_tokens,
         )
         self._answer("prefill", key, pb.Event(prefilled=event), after=lambda: self._after_prefill(held, first, finish))
 

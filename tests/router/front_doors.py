@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
 import grpc.aio
+from starlette.types import ASGIApp
 
 from core.clock import ManualClock
 from core.errors import PenstockError, RequestCancelledError
@@ -24,6 +25,7 @@ from router.http_server import HttpServer
 from router.inference_service import InferenceService, add_to_server
 from router.info import ClusterInfo
 from router.openai_http import OpenAIApi
+from router.openai_tools import ToolCalling
 from router.stream import RequestStream
 from router.validation import Validator
 from tests.text.conftest import byte_level
@@ -33,10 +35,13 @@ from text.tokenizer import Tokenizer
 WAIT_S = 10.0
 END_OF_TEXT = 1
 CHAT_TEMPLATE = (
+    "{%- if tools -%}tools:{{ tools | map(attribute='function.name') | join(',') }};{%- endif -%}"
     "{%- for m in messages -%}"
     "{%- if m.role == 'assistant' and loop.first -%}{{- raise_exception('a user must begin') -}}{%- endif -%}"
-    "<|user|>{{ m.role }}:{{ m.content }}</s>"
-    "{%- endfor -%}<|user|>assistant:"
+    "<|user|>{{ m.role }}:{{ m.content }}"
+    "{%- for c in m.tool_calls -%}{{ c.function.name }}({{ c.function.arguments | tojson }}){%- endfor -%}"
+    "{%- if m.tool_call_id -%}[{{ m.tool_call_id }}]{%- endif -%}</s>"
+    "{%- endfor -%}{%- if add_generation_prompt -%}<|user|>assistant:{%- endif -%}"
 )
 
 
@@ -70,6 +75,7 @@ class ScriptedDispatcher:
     refusal: PenstockError | None = None
     can_serve: bool = True
     max_model_len: int | None = None
+    num_cached_tokens: int | None = None
     cluster: ClusterInfo = field(default_factory=lambda: ClusterInfo((), (), 0, 0))
     running: list[Running] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,6 +85,7 @@ class ScriptedDispatcher:
         if self.refusal:
             raise self.refusal
         stats = RequestStats("prefill-0", "decode-0", num_attempts=1, queue_s=0.25, ttft_s=0.5, e2e_s=1.0, kv_bytes=512)
+        stats.num_cached_tokens = self.num_cached_tokens
         stream = RequestStream(
             request.request_id,
             max_buffered_tokens=1000,
@@ -203,10 +210,9 @@ async def grpc_door(doors: FrontDoors) -> AsyncIterator[grpc.aio.Channel]:
         await server.stop(None)
 
 
-@asynccontextmanager
-async def http_door(doors: FrontDoors) -> AsyncIterator[str]:
-    """The base URL of a uvicorn server with the OpenAI API."""
-    api = OpenAIApi(
+def http_app(doors: FrontDoors, *, allowed_origins: Sequence[str] = ()) -> ASGIApp:
+    """The HTTP API by itself."""
+    return OpenAIApi(
         model=doors.model,
         validator=doors.validator,
         generator=doors.generator,
@@ -216,8 +222,15 @@ async def http_door(doors: FrontDoors) -> AsyncIterator[str]:
         wall_clock=lambda: 1_700_000_000.5,
         draw_bits=doors.draw_bits,
         version="1.2.3",
-    )
-    server = HttpServer(api.app(), "127.0.0.1", 0)
+        tools=ToolCalling(doors.tokenizer, "hermes"),
+        allowed_origins=allowed_origins,
+    ).app()
+
+
+@asynccontextmanager
+async def http_door(doors: FrontDoors) -> AsyncIterator[str]:
+    """The base URL of a uvicorn server with the OpenAI API."""
+    server = HttpServer(http_app(doors), "127.0.0.1", 0)
     await server.start()
     try:
         yield f"http://127.0.0.1:{server.port}"

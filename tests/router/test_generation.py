@@ -213,7 +213,7 @@ async def test_a_long_prompt_is_tokenized_beside_the_loop_and_a_short_one_in_it(
     threads: list[int] = []
     tokenize = doors.validator.tokenize
 
-    def spy(prompt: str) -> Sequence[int]:
+    def spy(prompt: str, _: bool | None) -> Sequence[int]:
         threads.append(threading.get_ident())
         return tokenize(prompt)[:5]
 

@@ -148,10 +148,12 @@ async def test_dedicated_workers_go_before_a_mixed_one() -> None:
 
 
 async def test_stats_tell_where_the_time_went() -> None:
-    async with pair_of_workers() as (world, _, _):
+    async with pair_of_workers() as (world, prefill, _):
+        prefill.script.num_cached_tokens = 2
         stream = world.submit(PROMPT, 4)
         await read(stream)
         stats = stream.stats
+        assert stats.num_cached_tokens == 2
         assert (stats.prefill_worker, stats.decode_worker, stats.num_attempts) == ("prefill-0", "decode-0", 1)
         assert (stats.kv_bytes, stats.transfer_s, stats.transfer_exposed_s) == (100, 0.5, 0.125)
         assert stats.commit_wait_s == 0.25

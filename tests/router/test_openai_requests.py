@@ -8,8 +8,8 @@ import pytest
 from core.errors import InvalidRequestError
 from core.sampling import MAX_SEED
 from router.openai_requests import NO_EFFECT, ChatBody, CompletionBody, parse_body
-from router.validation import Chat, GenerateInput, SamplingFields
-from text.chat_template import ChatMessage
+from router.validation import GenerateInput, SamplingFields
+from text.chat_template import Chat, ChatMessage, ToolCall
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -141,7 +141,58 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
         "annotations": [],
         "name": "x",
     }
-    assert chat(messages=[*HI, answer])[0].prompt == Chat((ChatMessage("user", "hi"), ChatMessage("assistant", "b")))
+    assert chat(messages=[*HI, answer])[0].prompt == Chat(
+        (ChatMessage("user", "hi"), ChatMessage("assistant", "b", "x"))
+    )
+
+
+def test_calls_and_results_are_messages_too() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    turns = [
+        *HI,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "rain"}]},
+    ]
+    prompt = chat(messages=turns)[0].prompt
+    assert isinstance(prompt, Chat)
+    assert prompt.messages[1:] == (
+        ChatMessage("assistant", "", tool_calls=(ToolCall("c1", "f", '{"x": 1}'),)),
+        ChatMessage("tool", "rain", tool_call_id="c1"),
+    )
+
+
+def test_what_a_template_is_given_besides() -> None:
+    documents = [{"title": "naïf", "text": "x"}]
+    told = {"documents": documents, "chat_template_kwargs": {"enable_thinking": False}}
+    assert chat(**told, add_generation_prompt=False)[0].prompt == Chat(
+        (ChatMessage("user", "hi"),),
+        documents=('{"title": "naïf", "text": "x"}',),
+        variables='{"enable_thinking": false}',
+        add_generation_prompt=False,
+    )
+    continued = chat(continue_final_message=True)[0].prompt
+    assert isinstance(continued, Chat)
+    assert (continued.continue_last, continued.add_generation_prompt) == (True, False)
+
+
+def test_who_asks_and_how_urgently_goes_to_the_queue() -> None:
+    wanted = completion(user="ann", priority=-3, truncate_prompt_tokens=5, add_special_tokens=False)[0]
+    assert (wanted.user, wanted.priority, wanted.truncate_prompt_tokens, wanted.add_special_tokens) == (
+        "ann",
+        -3,
+        5,
+        False,
+    )
+
+
+def test_each_choice_is_a_request_with_an_id() -> None:
+    assert [each.request_id for each in completion(request_id="mine")] == ["mine"]
+    assert [each.request_id for each in completion(request_id="mine", prompt=["a", "b"], n=2)] == [
+        "mine-0",
+        "mine-1",
+        "mine-2",
+        "mine-3",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -150,14 +201,15 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
         ("hi", "messages: got 'hi', must be an array"),
         (["hi"], r"messages\[0\]: got 'hi', must be an object"),
         ([{"content": "a"}], r"messages\[0\]\.role: got None, must be one of system, developer"),
-        ([{"role": "tool", "content": "a"}], r"messages\[0\]\.role: got 'tool'"),
+        ([{"role": "function", "content": "a"}], r"messages\[0\]\.role: got 'function'"),
+        ([{"role": "user", "content": "a", "tool_call_id": "b"}], r"messages\[0\]\.tool_call_id: .* role user"),
         ([{"role": "user"}], r"messages\[0\]\.content: got None, must be a string or an array"),
         ([{"role": "user", "content": []}], r"messages\[0\]\.content: got \[\]"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\]\.content\[0\]\.type: got 'image_url'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content\[0\]: got .* 'text': a string"),
         (
             [*HI, {"role": "assistant", "content": "", "tool_calls": [{}]}],
-            r"messages\[1\]\.tool_calls: .* leave it out",
+            r"messages\[1\]\.tool_calls\[0\]: got {}, must be {'id'",
         ),
         ([{"role": ["user"], "content": "a"}], r"messages\[0\]\.role: got \['user'\]"),
     ],
@@ -217,7 +269,7 @@ def test_what_would_change_the_output_is_refused_by_name_unless_it_is_set_to_cha
         ("echo", True, completion),
         ("best_of", 2, completion),
         ("suffix", "x", completion),
-        ("tools", [{"type": "function"}], chat),
+        ("functions", [{"name": "f"}], chat),
     ],
 )
 def test_known_features_that_are_missing_are_refused(name: str, value: object, parse: Any) -> None:

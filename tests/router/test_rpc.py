@@ -167,8 +167,12 @@ EVENTS: list[tuple[pb.Event, Event]] = [
         Prefilled(KEY, 3, None, RECORD),
     ),
     (
-        pb.Event(prefilled=pb.Prefilled(transfer_id="t", attempt=2, first_token_id=3, finish=pb.ENGINE_FINISH_STOP)),
-        Prefilled(KEY, 3, FinishReason.STOP, None),
+        pb.Event(
+            prefilled=pb.Prefilled(
+                transfer_id="t", attempt=2, first_token_id=3, finish=pb.ENGINE_FINISH_STOP, num_cached_tokens=7
+            )
+        ),
+        Prefilled(KEY, 3, FinishReason.STOP, None, num_cached_tokens=7),
     ),
     (pb.Event(accepted=pb.Accepted(transfer_id="t", attempt=2, commit_wait_s=0.5)), Accepted(KEY, 0.5)),
     (pb.Event(released=pb.Released(transfer_id="t", attempt=2)), Released(KEY, None)),

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from core.errors import InvalidRequestError, UnknownModelError
 from core.model_info import SamplingDefaults
 from core.sampling import SamplingParams
-from router.validation import Chat, GenerateInput, Prompt, SamplingFields, ValidRequest
+from router.validation import GenerateInput, Prompt, SamplingFields, ValidRequest
 from tests.router.front_doors import END_OF_TEXT, FrontDoors, front_doors
-from text.chat_template import ChatMessage
+from text.chat_template import Chat, ChatMessage
 from text.grammar import Structure
 
 REGEX = Structure("regex", "a+", "regex")

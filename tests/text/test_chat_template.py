@@ -7,14 +7,16 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from core.errors import CheckpointError, InvalidRequestError
-from text.chat_template import ChatMessage, ChatTemplate, template_source
+from text.chat_template import Chat, ChatMessage, ChatTemplate, template_source
 
-CHAT = [
-    ChatMessage("system", "Be brief."),
-    ChatMessage("user", "Où est l'eau <b>?"),
-    ChatMessage("assistant", " Là. "),
-    ChatMessage("user", "水"),
-]
+CHAT = Chat(
+    (
+        ChatMessage("system", "Be brief."),
+        ChatMessage("user", "Où est l'eau <b>?"),
+        ChatMessage("assistant", " Là. "),
+        ChatMessage("user", "水"),
+    )
+)
 
 CHATML = """
 {%- for message in messages %}
@@ -55,7 +57,7 @@ def make(source: str) -> ChatTemplate:
 
 @pytest.mark.parametrize("source", [CHATML, BLOCKS], ids=["chatml", "blocks"])
 def test_renders_what_transformers_renders(source: str) -> None:
-    turns = [{"role": message.role, "content": message.content} for message in CHAT]
+    turns = [{"role": message.role, "content": message.content} for message in CHAT.messages]
     rendered: Any = render_jinja_template(
         [turns], chat_template=source, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
     )

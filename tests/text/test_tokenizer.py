@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from core.errors import CheckpointError, InvalidRequestError
-from text.chat_template import ChatMessage
+from text.chat_template import Chat, ChatMessage
 from text.tokenizer import Tokenizer
 
-USER = [ChatMessage("user", "hi")]
+USER = Chat((ChatMessage("user", "hi"),))
 
 
 def write_config(folder: Path, **config: Any) -> None:

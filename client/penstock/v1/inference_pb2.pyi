@@ -72,6 +72,8 @@ class GenerateRequest(google.protobuf.message.Message):
     TIMEOUT_S_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
     KV_WIRE_DTYPE_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    USER_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the client to be able to Cancel; drawn by the server when empty."""
     model: builtins.str
@@ -85,6 +87,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """How K and V travel from prefill to decode: "auto" as they are, "int8" rounded, in about a quarter of the bytes, so
     that tokens may differ. Empty: as the server is configured.
     """
+    priority: builtins.int
+    """Requests of a lower priority go first; default 0."""
+    user: builtins.str
+    """Whom the client asks for, where it asks for several."""
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -103,9 +109,11 @@ class GenerateRequest(google.protobuf.message.Message):
         timeout_s: builtins.float | None = ...,
         cache_salt: builtins.str = ...,
         kv_wire_dtype: builtins.str = ...,
+        priority: builtins.int = ...,
+        user: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "input", b"input", "messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "input", b"input", "kv_wire_dtype", b"kv_wire_dtype", "messages", b"messages", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "input", b"input", "kv_wire_dtype", b"kv_wire_dtype", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "user", b"user"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
     @typing.overload
@@ -508,6 +516,7 @@ class RequestStats(google.protobuf.message.Message):
     KV_BYTES_FIELD_NUMBER: builtins.int
     TTFT_S_FIELD_NUMBER: builtins.int
     E2E_S_FIELD_NUMBER: builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
     prefill_worker: builtins.str
     decode_worker: builtins.str
     num_attempts: builtins.int
@@ -529,6 +538,8 @@ class RequestStats(google.protobuf.message.Message):
     """router: arrival to first token"""
     e2e_s: builtins.float
     """router: arrival to last token"""
+    num_cached_tokens: builtins.int
+    """prompt tokens found in the prefill worker's cache"""
     def __init__(
         self,
         *,
@@ -544,15 +555,18 @@ class RequestStats(google.protobuf.message.Message):
         kv_bytes: builtins.int | None = ...,
         ttft_s: builtins.float | None = ...,
         e2e_s: builtins.float | None = ...,
+        num_cached_tokens: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_commit_wait_s", b"_commit_wait_s", "_e2e_s", b"_e2e_s", "_kv_bytes", b"_kv_bytes", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "_reserve_s", b"_reserve_s", "_transfer_exposed_s", b"_transfer_exposed_s", "_transfer_s", b"_transfer_s", "_ttft_s", b"_ttft_s", "commit_wait_s", b"commit_wait_s", "e2e_s", b"e2e_s", "kv_bytes", b"kv_bytes", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "reserve_s", b"reserve_s", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s", "ttft_s", b"ttft_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_commit_wait_s", b"_commit_wait_s", "_e2e_s", b"_e2e_s", "_kv_bytes", b"_kv_bytes", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "_reserve_s", b"_reserve_s", "_transfer_exposed_s", b"_transfer_exposed_s", "_transfer_s", b"_transfer_s", "_ttft_s", b"_ttft_s", "commit_wait_s", b"commit_wait_s", "decode_worker", b"decode_worker", "e2e_s", b"e2e_s", "kv_bytes", b"kv_bytes", "num_attempts", b"num_attempts", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "queue_s", b"queue_s", "reserve_s", b"reserve_s", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s", "ttft_s", b"ttft_s"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_commit_wait_s", b"_commit_wait_s", "_e2e_s", b"_e2e_s", "_kv_bytes", b"_kv_bytes", "_num_cached_tokens", b"_num_cached_tokens", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "_reserve_s", b"_reserve_s", "_transfer_exposed_s", b"_transfer_exposed_s", "_transfer_s", b"_transfer_s", "_ttft_s", b"_ttft_s", "commit_wait_s", b"commit_wait_s", "e2e_s", b"e2e_s", "kv_bytes", b"kv_bytes", "num_cached_tokens", b"num_cached_tokens", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "reserve_s", b"reserve_s", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s", "ttft_s", b"ttft_s"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_commit_wait_s", b"_commit_wait_s", "_e2e_s", b"_e2e_s", "_kv_bytes", b"_kv_bytes", "_num_cached_tokens", b"_num_cached_tokens", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "_reserve_s", b"_reserve_s", "_transfer_exposed_s", b"_transfer_exposed_s", "_transfer_s", b"_transfer_s", "_ttft_s", b"_ttft_s", "commit_wait_s", b"commit_wait_s", "decode_worker", b"decode_worker", "e2e_s", b"e2e_s", "kv_bytes", b"kv_bytes", "num_attempts", b"num_attempts", "num_cached_tokens", b"num_cached_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "queue_s", b"queue_s", "reserve_s", b"reserve_s", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s", "ttft_s", b"ttft_s"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_commit_wait_s", b"_commit_wait_s"]) -> typing.Literal["commit_wait_s"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_e2e_s", b"_e2e_s"]) -> typing.Literal["e2e_s"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_kv_bytes", b"_kv_bytes"]) -> typing.Literal["kv_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_num_cached_tokens", b"_num_cached_tokens"]) -> typing.Literal["num_cached_tokens"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_prefill_s", b"_prefill_s"]) -> typing.Literal["prefill_s"] | None: ...
     @typing.overload

@@ -960,11 +960,14 @@ class Prefilled(google.protobuf.message.Message):
     RECORD_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     attempt: builtins.int
     first_token_id: builtins.int
     finish: Global___EngineFinish.ValueType
     """set when the first token ends the request: no decode, nothing is held"""
+    num_cached_tokens: builtins.int
+    """of the prompt, that were not computed for they were in the cache"""
     @property
     def record(self) -> Global___CommitRecord: ...
     @property
@@ -983,9 +986,10 @@ class Prefilled(google.protobuf.message.Message):
         record: Global___CommitRecord | None = ...,
         logprobs: collections.abc.Iterable[penstock.v1.inference_pb2.TokenLogprobs] | None = ...,
         prompt_logprobs: collections.abc.Iterable[penstock.v1.inference_pb2.TokenLogprobs] | None = ...,
+        num_cached_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["record", b"record"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "finish", b"finish", "first_token_id", b"first_token_id", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "record", b"record", "transfer_id", b"transfer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "finish", b"finish", "first_token_id", b"first_token_id", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "record", b"record", "transfer_id", b"transfer_id"]) -> None: ...
 
 Global___Prefilled: typing_extensions.TypeAlias = Prefilled
 
