@@ -21,7 +21,8 @@ class KVStorage:
     stream; a reader on another stream must wait for the writer's.
 
     A payload is as `kernels.kv_copy` describes it, so its size is T K times the layout's bytes per cell. `kv_heads` are
-    the first of its heads and the one after the last; all of them where it is left out.
+    the first of its heads and the one after the last; all of them where it is left out. One `by_blocks` is for a
+    storage with blocks of the same size.
     """
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
@@ -38,16 +39,32 @@ class KVStorage:
         return payload
 
     def read_into(
-        self, layer: int, block_ids: Sequence[int], start: int, end: int, out: Tensor, kv_heads: Heads | None = None
+        self,
+        layer: int,
+        block_ids: Sequence[int],
+        start: int,
+        end: int,
+        out: Tensor,
+        kv_heads: Heads | None = None,
+        *,
+        by_blocks: bool = False,
     ) -> int:
         """`read` into `out`, on this device; returns the payload's checksum."""
         blocks, offset = self._blocks(block_ids, start, end)
         heads = self._heads(kv_heads)
         self._check(out, end - start, heads)
-        return gather_kv(self.layers[layer], blocks, offset, end - start, out, heads)
+        return gather_kv(self.layers[layer], blocks, offset, end - start, out, heads, by_blocks=by_blocks)
 
     def write(
-        self, layer: int, block_ids: Sequence[int], start: int, end: int, payload: Tensor, kv_heads: Heads | None = None
+        self,
+        layer: int,
+        block_ids: Sequence[int],
+        start: int,
+        end: int,
+        payload: Tensor,
+        kv_heads: Heads | None = None,
+        *,
+        by_blocks: bool = False,
     ) -> int:
         """Put a payload that was read, here or on another worker, into positions [start, end); returns its checksum.
 
@@ -56,7 +73,7 @@ class KVStorage:
         blocks, offset = self._blocks(block_ids, start, end)
         heads = self._heads(kv_heads)
         self._check(payload, end - start, heads)
-        return scatter_kv_(self.layers[layer], blocks, offset, end - start, payload, heads)
+        return scatter_kv_(self.layers[layer], blocks, offset, end - start, payload, heads, by_blocks=by_blocks)
 
     def _num_bytes(self, num_tokens: int, heads: Heads) -> int:
         return num_tokens * (heads[1] - heads[0]) * self.layout.bytes_per_cell

@@ -1,7 +1,9 @@
 """Payloads of KV, out of the paged cache and back, each with its checksum.
 
 A payload is [N] uint8: K [T, K, D], then V [T, K, D], then, where they are int8, their float32 scales [T, K] each; of a
-latent cache [T, R + P]. So its size is T times what a token takes, whatever the block size.
+latent cache [T, R + P]. So its size is T times what a token takes, whatever the block size. A payload *by blocks* has
+the same bytes in another order, for caches with blocks of the same size: all of one block after all of the one before,
+and of a block that is whole, what the cache holds of it as it stands there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ from kernels.paged_kv import LayerKV, PagedKV, PagedLatent, token_views
 
 Heads = tuple[int, int]
 """The first of the KV heads that a payload holds, and the one after the last."""
+
+
+STREAM_BYTES = 1 << 20
+"""From this size on, what is scattered by blocks goes past the caches, which would not hold it until it is read."""
 
 
 class Arguments(ctypes.Structure):
@@ -40,30 +46,67 @@ class Arguments(ctypes.Structure):
         ("num_cache_heads", ctypes.c_int64),
         ("item_bytes", ctypes.c_int32),
         ("parallel", ctypes.c_int32),
+        ("by_blocks", ctypes.c_int32),
+        ("past_caches", ctypes.c_int32),
     )
 
 
-def gather_kv(kv: LayerKV, blocks: Sequence[int], start: int, num_tokens: int, out: Tensor, heads: Heads) -> int:
+def gather_kv(
+    kv: LayerKV,
+    blocks: Sequence[int],
+    start: int,
+    num_tokens: int,
+    out: Tensor,
+    heads: Heads,
+    *,
+    by_blocks: bool = False,
+) -> int:
     """Copy `num_tokens` tokens into `out`, a payload; returns its checksum.
 
     start: position of the first, counted from the first of `blocks`. For the engine's thread: the pool's help.
     """
     if (run := _native("penstock_kv_gather", kv, out)) is not None:
-        return _run(run, kv, blocks, start, num_tokens, out, heads, parallel=True)
-    index = _places(kv, blocks, start, num_tokens)
-    torch.cat([view[index].flatten().view(torch.uint8) for view in _views(kv, heads)], out=out)
+        return _run(run, kv, blocks, start, num_tokens, out, heads, by_blocks=by_blocks, parallel=True)
+    parts = []
+    for span, whole in _spans(kv, start, num_tokens, by_blocks=by_blocks):
+        index = _places(kv, blocks, *span)
+        if whole:
+            numbers = index[0][:: token_views(kv)[0].shape[1]]
+            rows = [part[numbers].flatten(1).view(torch.uint8) for part in _parts(kv, heads)]
+            parts.append(torch.cat(rows, dim=1).flatten())
+        else:
+            parts += [view[index].flatten().view(torch.uint8) for view in _views(kv, heads)]
+    torch.cat(parts, out=out)
     return checksum(out)
 
 
-def scatter_kv_(kv: LayerKV, blocks: Sequence[int], start: int, num_tokens: int, payload: Tensor, heads: Heads) -> int:
+def scatter_kv_(
+    kv: LayerKV,
+    blocks: Sequence[int],
+    start: int,
+    num_tokens: int,
+    payload: Tensor,
+    heads: Heads,
+    *,
+    by_blocks: bool = False,
+) -> int:
     """Put what `gather_kv` copied into the cache; returns the checksum of what was put. For any one thread."""
     if (run := _native("penstock_kv_scatter", kv, payload)) is not None:
-        return _run(run, kv, blocks, start, num_tokens, payload, heads, parallel=False)
-    index, views = _places(kv, blocks, start, num_tokens), _views(kv, heads)
-    payload = payload.to(kv[0].device)
-    sizes = [num_tokens * view[0, 0].numel() * view.element_size() for view in views]
-    for view, part in zip(views, torch.split(payload, sizes), strict=True):
-        view.index_put_(index, _as(part, view.dtype).view(num_tokens, *view.shape[2:]))
+        return _run(run, kv, blocks, start, num_tokens, payload, heads, by_blocks=by_blocks, parallel=False)
+    payload, offset = payload.to(kv[0].device), 0
+    for span, whole in _spans(kv, start, num_tokens, by_blocks=by_blocks):
+        index, views = _places(kv, blocks, *span), _views(kv, heads)
+        sizes = [span[1] * view[0, 0].numel() * view.element_size() for view in views]
+        piece = payload[offset : offset + sum(sizes)]
+        offset += sum(sizes)
+        if whole:
+            numbers = index[0][:: views[0].shape[1]]
+            rows = torch.split(piece.view(len(numbers), -1), [size // len(numbers) for size in sizes], dim=1)
+            for part, row in zip(_parts(kv, heads), rows, strict=True):
+                part[numbers] = _as(row.flatten(), part.dtype).view(len(numbers), *part.shape[1:])
+            continue
+        for view, plane in zip(views, torch.split(piece, sizes), strict=True):
+            view.index_put_(index, _as(plane, view.dtype).view(span[1], *view.shape[2:]))
     return checksum(payload)
 
 
@@ -87,6 +130,7 @@ def _run(
     payload: Tensor,
     heads: Heads,
     *,
+    by_blocks: bool,
     parallel: bool,
 ) -> int:
     if isinstance(kv, PagedKV):
@@ -109,6 +153,8 @@ def _run(
         num_cache_heads,
         kv[0].element_size(),
         int(parallel),
+        int(by_blocks),
+        int(payload.numel() >= STREAM_BYTES),
     )
     return int(run(ctypes.byref(arguments)))
 
@@ -117,6 +163,22 @@ def _views(kv: LayerKV, heads: Heads) -> tuple[Tensor, ...]:
     """Views [B, S, ...] of those heads."""
     views = token_views(kv)
     return views if isinstance(kv, PagedLatent) else tuple(view[:, :, heads[0] : heads[1]] for view in views)
+
+
+def _parts(kv: LayerKV, heads: Heads) -> list[Tensor]:
+    """Views [B, ...] of all that a cache holds of those heads, as it stands there."""
+    parts = [part for part in kv if part is not None]
+    return parts if isinstance(kv, PagedLatent) else [part[:, heads[0] : heads[1]] for part in parts]
+
+
+def _spans(kv: LayerKV, start: int, num_tokens: int, *, by_blocks: bool) -> list[tuple[tuple[int, int], bool]]:
+    """In order, what is copied as tokens, and what as whole blocks: `((start, tokens), whole)`."""
+    block_size, end = token_views(kv)[0].shape[1], start + num_tokens
+    first, last = -(-start // block_size) * block_size, end // block_size * block_size
+    if not (by_blocks and num_tokens) or first > last:  # the last: all within one block
+        return [((start, num_tokens), False)]
+    spans = [((start, first - start), False), ((first, last - first), True), ((last, end - last), False)]
+    return [(span, whole) for span, whole in spans if span[1]]
 
 
 def _places(kv: LayerKV, blocks: Sequence[int], start: int, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,12 @@ from core.ticket import AttemptKey, Segment, SegmentRecord
 
 FRAME_BYTES = 4096
 MAGIC = b"PSTK"
-VERSION = 1
+VERSION = 2
 MAX_PAYLOAD_BYTES = 16 << 20
 """Of one message, so of one segment too: what a receiver's staging may take, and what a cancel may wait behind."""
 MAX_TRANSFER_ID_BYTES = 32
 _PREAMBLE = struct.Struct("<4sHHHxxQ16s")  # magic, version, kind, count, payload bytes, identity
-_ENTRY = struct.Struct("<32sIIIIIIIIQQ")  # transfer id, attempt, segment (7 fields), payload bytes, checksum
+_ENTRY = struct.Struct("<32sIIIIIIIIQQI")  # transfer id, attempt, segment (7 fields), bytes, checksum, block size
 _CRC = struct.Struct("<I")
 _ALIGNMENT = 4  # bytes: vectors have an even number of elements, and K comes with V or in 2 bytes or more
 MAX_SEGMENTS = (FRAME_BYTES - _PREAMBLE.size - _CRC.size) // _ENTRY.size
@@ -40,6 +40,8 @@ class Entry:
 
     key: AttemptKey
     record: SegmentRecord
+    block_size: int = 0
+    """Where the payload is by blocks (`kernels.kv_copy`), their size; else 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ def _pack_entry(entry: Entry) -> bytes:
         s.receiver_rank,
         entry.record.num_bytes,
         entry.record.checksum,
+        entry.block_size,
     )
 
 

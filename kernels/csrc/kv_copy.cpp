@@ -1,6 +1,7 @@
 // Payloads out of the paged cache of one layer and back, block by block, each with its part of the checksum while it is
 // in the core's cache. A payload is K [T, K, D], then V [T, K, D], then their float scales [T, K] each; a latent cache
-// has but V, of one head.
+// has but V, of one head. One "by blocks" has these for one block after the other, and of whole blocks as the cache has
+// them, so that nothing is transposed.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -18,7 +19,8 @@ struct KVCopyArguments {
     int64_t start;  // position of the first token, counted from the first of `blocks`
     int64_t num_tokens, block_size, head_size;
     int64_t num_heads, first_head, num_cache_heads;  // of the payload, which are some of the cache's
-    int32_t item_bytes, parallel;
+    int32_t item_bytes, parallel, by_blocks;
+    int32_t past_caches;  // what is scattered by blocks is too much to stay in the caches
 };
 
 namespace {
@@ -131,39 +133,62 @@ void copy_k(const KVCopyArguments& a, const Plane& plane, const Piece& piece) {
     }
 }
 
+// A part of the payload that is the same bytes as in the cache; returns what it adds to the checksum.
+template <bool GATHER>
+uint64_t copy_bytes(const KVCopyArguments& a, char* cache, int64_t offset, int64_t num_bytes) {
+    if (GATHER) return checksum::copy_part(cache, a.payload + offset, offset, num_bytes, false);
+    return checksum::copy_part(a.payload + offset, cache, offset, num_bytes, a.past_caches != 0);
+}
+
+template <bool GATHER>
+uint64_t copy_piece(const KVCopyArguments& a, const Plane& plane, const Piece& piece, bool by_parts) {
+    const int64_t first = plane.offset + piece.token * plane.row_bytes, size = piece.num_tokens * plane.row_bytes;
+    uint64_t sum = 0;
+    if (!GATHER && by_parts) sum = checksum::of_part(a.payload + first, first, size);
+    if (plane.cache == a.k) copy_k<GATHER>(a, plane, piece);
+    else copy_rows<GATHER>(a, plane, piece);
+    if (GATHER && by_parts) sum = checksum::of_part(a.payload + first, first, size);
+    return sum;
+}
+
 template <bool GATHER>
 uint64_t copy(const KVCopyArguments& a) {
     const int64_t vector_bytes = a.num_heads * a.head_size * a.item_bytes, scale_bytes = a.num_heads * 4;
     const Plane planes[] = {{a.k, 0, vector_bytes}, {a.v, 0, vector_bytes}, {a.k_scale, 0, scale_bytes}, {a.v_scale, 0, scale_bytes}};
-    int64_t num_bytes = 0;
+    int64_t token_bytes = 0;
     for (const Plane& plane : planes)
-        if (plane.cache != nullptr) num_bytes += a.num_tokens * plane.row_bytes;
+        if (plane.cache != nullptr) token_bytes += plane.row_bytes;
     const bool by_parts = vector_bytes % 4 == 0;  // else a part may begin within a word
-    std::atomic<uint64_t> total = checksum::of_size(num_bytes);
-    if (!GATHER && !by_parts) total += checksum::of_part(a.payload, 0, num_bytes);
+    std::atomic<uint64_t> total = checksum::of_size(a.num_tokens * token_bytes);
+    if (!GATHER && !by_parts) total += checksum::of_part(a.payload, 0, a.num_tokens * token_bytes);
     const int64_t last = a.start + a.num_tokens, num_blocks = (last + a.block_size - 1) / a.block_size;
     const auto copy_block = [&](int64_t i) {
         const int64_t begin = std::max(a.start, i * a.block_size), end = std::min(last, (i + 1) * a.block_size);
         if (begin >= end) return;
-        const Piece piece{a.blocks[i], begin - i * a.block_size, begin - a.start, end - begin};
+        Piece piece{a.blocks[i], begin - i * a.block_size, begin - a.start, end - begin};
+        const bool as_it_is = a.by_blocks != 0 && by_parts && piece.num_tokens == a.block_size;
         uint64_t sum = 0;
-        int64_t offset = 0;
+        int64_t offset = 0, num_tokens = a.num_tokens;
+        if (a.by_blocks != 0) {
+            offset = piece.token * token_bytes;
+            num_tokens = piece.num_tokens;
+            piece.token = 0;
+        }
         for (Plane plane : planes) {
             if (plane.cache == nullptr) continue;
             plane.offset = offset;
-            offset += a.num_tokens * plane.row_bytes;
-            const int64_t first = plane.offset + piece.token * plane.row_bytes, size = piece.num_tokens * plane.row_bytes;
-            if (!GATHER && by_parts) sum += checksum::of_part(a.payload + first, first, size);
-            if (plane.cache == a.k) copy_k<GATHER>(a, plane, piece);
-            else copy_rows<GATHER>(a, plane, piece);
-            if (GATHER && by_parts) sum += checksum::of_part(a.payload + first, first, size);
+            offset += num_tokens * plane.row_bytes;
+            char* const cache = plane.cache + place(a, piece, 0) * a.block_size * (plane.row_bytes / a.num_heads);
+            if (as_it_is) sum += copy_bytes<GATHER>(a, cache, plane.offset, num_tokens * plane.row_bytes);
+            else sum += copy_piece<GATHER>(a, plane, piece, by_parts);
         }
         total += sum;
     };
     if (a.parallel != 0) pool::parallel_for(num_blocks, copy_block);
     else
         for (int64_t i = 0; i < num_blocks; ++i) copy_block(i);
-    if (GATHER && !by_parts) total += checksum::of_part(a.payload, 0, num_bytes);
+    if (GATHER && !by_parts) total += checksum::of_part(a.payload, 0, a.num_tokens * token_bytes);
+    if (!GATHER) _mm_sfence();  // what went past the caches is seen by whoever is told
     return total;
 }
 
