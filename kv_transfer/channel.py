@@ -83,8 +83,12 @@ class SendChannel(Channel):
         clock: Clock,
         on_sent: OnSent,
         on_down: OnDown,
+        *,
+        by_blocks: bool = False,
     ) -> None:
+        """`by_blocks`: the caches of both sides have blocks of the same size."""
         super().__init__(f"kv-send-{name}", transport, config, on_down)
+        self.by_blocks = by_blocks
         self._clock, self._on_sent = clock, on_sent
         memory = transport.memory
         if memory is None and transport.payload_device.type == "cpu":

@@ -105,6 +105,6 @@ def _pack_entry(entry: Entry) -> bytes:
 
 
 def _unpack_entry(data: bytes, offset: int) -> Entry:
-    transfer_id, attempt, *segment, num_bytes, value = _ENTRY.unpack_from(data, offset)
+    transfer_id, attempt, *segment, num_bytes, value, block_size = _ENTRY.unpack_from(data, offset)
     key = (transfer_id.rstrip(b"\0").decode("ascii", "replace"), attempt)
-    return Entry(key, SegmentRecord(Segment(*segment), num_bytes, value))
+    return Entry(key, SegmentRecord(Segment(*segment), num_bytes, value), block_size)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 from core.errors import TransferError
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Of the handshake and of the frames that follow."""
 INCOMPATIBLE = "incompatible"
 """Reason of a TransferError that no further try will mend."""

@@ -222,7 +222,9 @@ class Pairs:
             self._end(link, reason)
 
         if rank == SENDER:
-            return SendChannel(link.name, transport, self._config, self._clock, self._listener.on_sent, on_down)
+            by_blocks = link.connect.peer_layout.block_size == self._layout.block_size
+            on_sent = self._listener.on_sent
+            return SendChannel(link.name, transport, self._config, self._clock, on_sent, on_down, by_blocks=by_blocks)
         return ReceiveChannel(link.name, transport, self._config, self._listener.on_segment, on_down)
 
     def _open(self, link: _Link, channel: Channel, transport: str) -> None:

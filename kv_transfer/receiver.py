@@ -115,7 +115,7 @@ class KVReceiver:
             if (receiving := self._waiting(entry.key)) is None:
                 self._num_discarded += 1
                 return
-            outcome = self._guarded(receiving, lambda: self._take(receiving, entry.record, payload))
+            outcome = self._guarded(receiving, lambda: self._take(receiving, entry, payload))
         if outcome is not None:
             self._notify(outcome)
 
@@ -197,19 +197,22 @@ class KVReceiver:
         receiving.holding.advance(ReceiveState.RUNNING, now)
         return TransferReady(receiving.key, now - receiving.accepted_at)
 
-    def _take(self, receiving: _Receiving, record: SegmentRecord, payload: Tensor) -> None:
+    def _take(self, receiving: _Receiving, entry: Entry, payload: Tensor) -> None:
         """Copy a segment into its place in the blocks, and verify what was copied: a damaged one ends the transfer."""
-        segment, cache, wire_dtype = record.segment, self._storage.layout, receiving.holding.ticket.kv_wire_dtype
+        record, segment, cache = entry.record, entry.record.segment, self._storage.layout
+        wire_dtype, by_blocks = receiving.holding.ticket.kv_wire_dtype, entry.block_size != 0
         in_place = len(receiving.skipped_prefix) <= segment.token_start < segment.token_end <= receiving.num_tokens
         num_bytes = segment.num_cells * cache.on_wire(wire_dtype).bytes_per_cell
         if not (self._plan.expects(segment) and in_place and payload.numel() == num_bytes):
             raise TransferError("unexpected_segment", f"{segment} of {payload.numel()} bytes does not fit")
+        if by_blocks and (entry.block_size != cache.block_size or cache.on_wire(wire_dtype) != cache):
+            raise TransferError("unexpected_segment", f"{segment} comes in blocks of {entry.block_size}")
         if segment in receiving.received:
             raise TransferError("duplicate_segment", f"{segment} came twice")
         tokens, heads = (segment.token_start, segment.token_end), (segment.kv_head_start, segment.kv_head_end)
         where = (segment.layer, receiving.block_ids, *tokens)
         if cache.on_wire(wire_dtype) == cache:
-            arrived = self._storage.write(*where, payload, heads)
+            arrived = self._storage.write(*where, payload, heads, by_blocks=by_blocks)
         else:
             arrived = checksum(payload)
             if arrived == record.checksum:  # else there may be no sense in what it widens to

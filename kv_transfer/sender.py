@@ -198,7 +198,9 @@ class KVSender:
             payload, value, staged = copied
             record = SegmentRecord(segment, payload.numel(), value)
             sending.records.append(record)
-            outgoing = Outgoing(Entry(sending.key, record), payload, staged)
+            by_blocks = staged and sending.channel.by_blocks
+            block_size = self._storage.layout.block_size if by_blocks else 0
+            outgoing = Outgoing(Entry(sending.key, record, block_size), payload, staged)
             if sending.channel.put(outgoing, lambda: sending.holding.live):
                 return True
         if sending.channel.closed:
@@ -224,7 +226,7 @@ class KVSender:
         if staged is None:
             return None
         try:
-            return staged, self._storage.read_into(*where, staged, heads), True
+            return staged, self._storage.read_into(*where, staged, heads, by_blocks=channel.by_blocks), True
         except BaseException:
             channel.unstage(staged)
             raise

@@ -115,7 +115,9 @@ def test_a_header_that_names_another_payload_size_is_never_guessed(
     transfer.begin()
 
     def shorter(entry: Entry) -> Entry:
-        return Entry(entry.key, dataclasses.replace(entry.record, num_bytes=entry.record.num_bytes - 4))
+        return dataclasses.replace(
+            entry, record=dataclasses.replace(entry.record, num_bytes=entry.record.num_bytes - 4)
+        )
 
     rewrite_frames(network.to_receiver[1], shorter)
     transfer.push(layers=[0])
@@ -145,9 +147,23 @@ def test_a_segment_that_does_not_fit_its_ticket_is_not_written(
 
     def misplaced(entry: Entry) -> Entry:
         segment = dataclasses.replace(entry.record.segment, **change)
-        return Entry(entry.key, dataclasses.replace(entry.record, segment=segment))
+        return dataclasses.replace(entry, record=dataclasses.replace(entry.record, segment=segment))
 
     rewrite_frames(network.to_receiver[1], misplaced)
+    transfer.push(layers=[0])
+    assert decode.expect(TransferFailed).reason == "unexpected_segment"
+    assert torch.equal(decode.snapshot(), before)
+    transfer.release()
+
+
+def test_a_segment_in_blocks_of_another_size_is_not_written(
+    both: tuple[Worker, Worker], network: MemoryNetwork
+) -> None:
+    prefill, decode = both
+    transfer = Transfer(prefill, decode, 9)
+    transfer.begin()
+    before = decode.snapshot()
+    rewrite_frames(network.to_receiver[1], lambda e: dataclasses.replace(e, block_size=2 * e.block_size))
     transfer.push(layers=[0])
     assert decode.expect(TransferFailed).reason == "unexpected_segment"
     assert torch.equal(decode.snapshot(), before)

@@ -15,6 +15,7 @@ from kv_transfer.frame import (
     FRAME_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_SEGMENTS,
+    VERSION,
     Entry,
     Frame,
     FrameKind,
@@ -32,7 +33,7 @@ records = st.builds(
     st.integers(0, 2**64 - 1),
 )
 ids = st.text("0123456789abcdef-", min_size=1, max_size=32)
-entries = st.builds(Entry, st.tuples(ids, counts), records)
+entries = st.builds(Entry, st.tuples(ids, counts), records, counts)
 frames = st.builds(
     Frame,
     st.sampled_from(FrameKind),
@@ -73,7 +74,7 @@ def test_noise_is_refused(data: bytes) -> None:
     ("offset", "value"),
     [
         (0, b"XXXX"),  # magic
-        (4, struct.pack("<H", 2)),  # version
+        (4, struct.pack("<H", VERSION + 1)),  # version
         (6, struct.pack("<H", 99)),  # kind
         (8, struct.pack("<H", MAX_SEGMENTS + 1)),  # count
         (12, struct.pack("<Q", 641)),  # payload bytes
