@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from engine.attention import make_attention
-from engine.model_config import ModelConfig, MoEConfig
+from engine.gating import gating
+from engine.model_config import ModelConfig
+from engine.native_layers import native_layers
 from engine.rotary import inverse_frequencies
 from engine.step_inputs import StepInputs
 from engine.weights import MLPWeights, ModelWeights, MoEWeights, Storage
+from kernels.layers import NativeLayers
 from kernels.moe import route
 from kernels.paged_kv import LayerKV
 from kernels.rms_norm import rms_norm
@@ -28,37 +31,58 @@ class Model:
             make_attention(config, layer, layer_weights.attention)
             for layer, layer_weights in zip(config.layers, weights.layers, strict=True)
         ]
-        ropes = list(dict.fromkeys(layer.rope for layer in config.layers))
-        self._rope_of_layer = [ropes.index(layer.rope) for layer in config.layers]
         self._ropes = [
-            (inverse_frequencies(rope, max_model_len).to(storage.device), rope.attention_factor) for rope in ropes
+            (inverse_frequencies(rope, max_model_len).to(storage.device), rope.attention_factor)
+            for rope in config.ropes
         ]
+        self._rope_of_layer = [config.ropes.index(layer.rope) for layer in config.layers]
+        self._gating = gating(config)
+        self._fast: tuple[Sequence[LayerKV], NativeLayers | None] | None = None
 
-    def forward(self, inputs: StepInputs, kv_layers: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Tensor:
+    def forward(
+        self, inputs: StepInputs, kv_layers: Sequence[LayerKV], on_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Hidden states [T, C] of the step's tokens; what they cache goes into `kv_layers` (see `KVStorage.layers`).
 
         `on_layer(l)` is called once that of layer l is written, before the layer's attention.
         """
-        eps = self.config.rms_norm_eps
         angles = [self._angles(inputs.positions, *rope) for rope in self._ropes]
         hidden = self._embed(inputs.token_ids)
-        for index, (weights, kv) in enumerate(zip(self._weights.layers, kv_layers, strict=True)):
-            attention = self._attention[index]
-            normed = rms_norm(hidden, weights.attention_norm, eps)
-            q = attention.project(normed, inputs, kv, *angles[self._rope_of_layer[index]])
-            on_layer(index)
-            if weights.after_attention_norm is None:
-                hidden = attention.attend(q, kv, inputs.spans, hidden)
-            else:
-                hidden = hidden + rms_norm(
-                    attention.attend(q, kv, inputs.spans, None), weights.after_attention_norm, eps
-                )
-            normed = rms_norm(hidden, weights.mlp_norm, eps)
-            if weights.after_mlp_norm is None:
-                hidden = self._mlp(normed, weights.mlp, hidden)
-            else:
-                hidden = hidden + rms_norm(self._mlp(normed, weights.mlp, None), weights.after_mlp_norm, eps)
+        native = self._native(kv_layers)
+        if native is not None:
+            native(hidden, inputs.slots, inputs.spans, angles, on_layer)
+            return hidden
+        for index, kv in enumerate(kv_layers):
+            hidden = self._layer(index, hidden, inputs, kv, angles[self._rope_of_layer[index]], on_layer)
         return hidden
+
+    def _native(self, kv_layers: Sequence[LayerKV]) -> NativeLayers | None:
+        if self._fast is None or self._fast[0] is not kv_layers:
+            self._fast = kv_layers, native_layers(self.config, self._weights, kv_layers)
+        return self._fast[1]
+
+    def _layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        inputs: StepInputs,
+        kv: LayerKV,
+        angles: tuple[Tensor, Tensor],
+        on_layer: Callable[[int], None] | None,
+    ) -> Tensor:
+        """One operation after the other."""
+        eps, weights, attention = self.config.rms_norm_eps, self._weights.layers[index], self._attention[index]
+        q = attention.project(rms_norm(hidden, weights.attention_norm, eps), inputs, kv, *angles)
+        if on_layer is not None:
+            on_layer(index)
+        if weights.after_attention_norm is None:
+            hidden = attention.attend(q, kv, inputs.spans, hidden)
+        else:
+            hidden = hidden + rms_norm(attention.attend(q, kv, inputs.spans, None), weights.after_attention_norm, eps)
+        normed = rms_norm(hidden, weights.mlp_norm, eps)
+        if weights.after_mlp_norm is None:
+            return self._mlp(normed, weights.mlp, hidden)
+        return hidden + rms_norm(self._mlp(normed, weights.mlp, None), weights.after_mlp_norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [S, C], the rows that draw a token; returns [S, V] float32."""
@@ -79,23 +103,11 @@ class Model:
         """x, residual: [T, C]; returns [T, C]."""
         if isinstance(weights, MLPWeights):
             return weights.down(weights.gate_up(x), residual)
-        assert self.config.moe is not None, "expert weights of a model without experts"
-        gates, expert_ids = self._route(x, weights, self.config.moe)
+        gates, expert_ids = self._route(x, weights)
         if weights.shared is not None:
             residual = self._mlp(x, weights.shared, residual)
         return weights.experts(x, gates, expert_ids, residual)
 
-    def _route(self, x: Tensor, weights: MoEWeights, moe: MoEConfig) -> tuple[Tensor, Tensor]:
-        names = self.config.family.experts
-        assert names is not None, "expert weights of a family without experts"
-        return route(
-            weights.router(x.to(torch.float32)),
-            moe.top_k,
-            moe.renormalize,
-            scores=names.routing.scores,
-            bias=weights.score_bias,
-            num_groups=moe.num_groups,
-            top_groups=moe.top_groups,
-            group_best=2 if names.routing.group_score == "sum of best two" else 1,
-            scale=moe.scale,
-        )
+    def _route(self, x: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor]:
+        assert self._gating is not None, "expert weights of a model without experts"
+        return route(weights.router(x.to(torch.float32)), self._gating, weights.score_bias)

@@ -103,6 +103,11 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """All that occur, each once."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers))
+
+    @property
     def family(self) -> Family:
         return FAMILIES[self.architecture]
 

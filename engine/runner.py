@@ -53,7 +53,7 @@ class Runner:
         pending = self._begin_masks(plan)
         storage = self._storage
         inputs = build_step_inputs(plan, storage.layout.block_size, self._model.config.vocab_size, storage.device)
-        hidden = self._model.forward(inputs, storage.layers, on_layer or _ignore)
+        hidden = self._model.forward(inputs, storage.layers, on_layer)
         prompt_logprobs = self._score(hidden, inputs)
         if not inputs.sampled:
             return StepResult({}, prompt_logprobs)
@@ -81,7 +81,3 @@ class Runner:
             told += token_logprobs(logits, targets[chunk], nums[chunk])
         each = iter(told)
         return {entry.request_id: tuple(next(each) for _ in entry.prompt_targets) for entry in inputs.scored}
-
-
-def _ignore(_layer: int) -> None:
-    pass

@@ -67,6 +67,7 @@ class NativeExperts:
         self.num_experts = len(down)
         self._layers = (tuple(gate_up), tuple(down))  # keeps what the pointers point to
         self._gate_up, self._down = (self._pointers(layers) for layers in self._layers)
+        self.addresses = ctypes.addressof(self._gate_up), ctypes.addressof(self._down)
         self._run = native_function("penstock_experts", "ppqpppqqpp")
 
     def _pointers(self, layers: Sequence[NativeLinear]) -> ctypes.Array[ctypes.c_void_p]:
@@ -78,7 +79,7 @@ class NativeExperts:
         if residual is not None:
             residual = residual.contiguous()
         self._run(
-            *(ctypes.addressof(self._gate_up), ctypes.addressof(self._down), self.num_experts),
+            *(*self.addresses, self.num_experts),
             *(x.data_ptr(), weights.data_ptr(), expert_ids.data_ptr(), *expert_ids.shape),
             *(None if residual is None else residual.data_ptr(), out.data_ptr()),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,61 +11,57 @@ from torch import Tensor
 from kernels.native import function
 
 
-def route(
-    gate_logits: Tensor,
-    top_k: int,
-    renormalize: bool,
-    *,
-    scores: Literal["softmax", "sigmoid"] = "softmax",
-    bias: Tensor | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_best: int = 1,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Gating:
+    """How a gate's logits become experts and their weights.
+
+    The weights are the scores of the chosen, scaled to sum to 1 where `renormalize`, times `scale`. Experts come from
+    the `top_groups` best of `num_groups` groups of neighbours, where a group is as good as its `group_best` best
+    experts together (DeepSeek-V2 and V3, 2024).
+    """
+
+    top_k: int
+    renormalize: bool
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    num_groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    scale: float = 1.0
+
+
+def route(gate_logits: Tensor, gating: Gating, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The experts of each token and their weights, best first.
 
-    gate_logits: [T, E]; returns weights [T, top_k] float32 and expert ids [T, top_k] int64. The weights are the scores
-    of the chosen, scaled to sum to 1 where `renormalize`, times `scale`. bias: [E] float32, added for the choice only.
-    Experts come from the `top_groups` best of `num_groups` groups of neighbours, where a group is as good as its
-    `group_best` best experts together (DeepSeek-V2 and V3, 2024).
+    gate_logits: [T, E]; bias: [E] float32, added to the scores for the choice only; returns weights [T, top_k] float32
+    and expert ids [T, top_k] int64.
     """
     wide = gate_logits.to(torch.float32)
     run = function("penstock_route", "pqiiiipiiifpp")
     if run is not None and wide.device.type == "cpu":
-        wide, num_tokens = wide.contiguous(), wide.shape[0]
-        weights, expert_ids = torch.empty(num_tokens, top_k), torch.empty(num_tokens, top_k, dtype=torch.int64)
+        wide, num_tokens, g = wide.contiguous(), wide.shape[0], gating
+        weights, expert_ids = torch.empty(num_tokens, g.top_k), torch.empty(num_tokens, g.top_k, dtype=torch.int64)
         run(
-            *(wide.data_ptr(), *wide.shape, top_k, renormalize, scores == "sigmoid"),
-            *(None if bias is None else bias.data_ptr(), num_groups, top_groups, group_best, scale),
+            *(wide.data_ptr(), *wide.shape, g.top_k, g.renormalize, g.scores == "sigmoid"),
+            *(None if bias is None else bias.data_ptr(), g.num_groups, g.top_groups, g.group_best, g.scale),
             *(weights.data_ptr(), expert_ids.data_ptr()),
         )
         return weights, expert_ids
-    return _route(wide, top_k, renormalize, scores, bias, (num_groups, top_groups, group_best), scale)
+    return _route(wide, gating, bias)
 
 
-def _route(
-    wide: Tensor,
-    top_k: int,
-    renormalize: bool,
-    scores: Literal["softmax", "sigmoid"],
-    bias: Tensor | None,
-    groups: tuple[int, int, int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    num_groups, top_groups, group_best = groups
-    if scores == "softmax" and renormalize and bias is None and num_groups == 1:  # a softmax over the chosen ones
-        best, expert_ids = wide.topk(top_k, dim=-1)
-        return best.softmax(dim=-1) * scale, expert_ids
-    values = wide.softmax(dim=-1) if scores == "softmax" else wide.sigmoid()
+def _route(wide: Tensor, gating: Gating, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if gating.scores == "softmax" and gating.renormalize and bias is None and gating.num_groups == 1:
+        best, expert_ids = wide.topk(gating.top_k, dim=-1)  # a softmax over the chosen ones
+        return best.softmax(dim=-1) * gating.scale, expert_ids
+    values = wide.softmax(dim=-1) if gating.scores == "softmax" else wide.sigmoid()
     ranks = values if bias is None else values + bias
-    if top_groups < num_groups:
-        ranks = _within_groups(ranks, num_groups, top_groups, group_best)
-    expert_ids = ranks.topk(top_k, dim=-1).indices
+    if gating.top_groups < gating.num_groups:
+        ranks = _within_groups(ranks, gating.num_groups, gating.top_groups, gating.group_best)
+    expert_ids = ranks.topk(gating.top_k, dim=-1).indices
     weights = values.gather(1, expert_ids)
-    if renormalize:
+    if gating.renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights * scale, expert_ids
+    return weights * gating.scale, expert_ids
 
 
 def _within_groups(ranks: Tensor, num_groups: int, top_groups: int, group_best: int) -> Tensor:

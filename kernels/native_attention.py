@@ -18,7 +18,7 @@ KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3
 
 
 class Arguments(ctypes.Structure):
-    """`AttentionArguments` of csrc/attention.cpp."""
+    """`AttentionArguments` of csrc/attention_arguments.h."""
 
     _fields_ = (
         ("q", ctypes.c_void_p),
@@ -77,7 +77,7 @@ class NativeAttention:
             *(kv.k.data_ptr(), kv.v.data_ptr(), address(kv.k_scale), address(kv.v_scale)),
             *(block_size, KV_TYPES[kv.k.dtype]),
         )
-        self._address = ctypes.addressof(self._arguments)
+        self.address = ctypes.addressof(self._arguments)
 
     def __call__(self, q: Tensor, spans: Spans) -> Tensor:
         """q: [T, H, D] float32; returns [T, H Dv]."""
@@ -86,7 +86,7 @@ class NativeAttention:
         out = torch.empty((q.shape[0], self._width))
         pointers = q.data_ptr(), out.data_ptr(), table.data_ptr(), spans.blocks.data_ptr()
         _CHANGING.pack_into(self._arguments, 0, *pointers, num_spans)
-        self._run(self._address)
+        self._run(self.address)
         return out
 
 

@@ -121,7 +121,7 @@ class NativeLinear:
         self.weight = weight
         self.in_features, self.out_features = int(weight.struct.k), int(weight.struct.n)
         self._run = native_function("penstock_linear", "ppqpp")
-        self._address = ctypes.addressof(weight.struct)
+        self.address = ctypes.addressof(weight.struct)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [T, K] float32; residual: [T, N]; returns [T, N]."""
@@ -131,7 +131,7 @@ class NativeLinear:
         if residual is not None:
             residual = residual.contiguous()
         added = None if residual is None else residual.data_ptr()
-        self._run(self._address, x.data_ptr(), num_rows, added, out.data_ptr())
+        self._run(self.address, x.data_ptr(), num_rows, added, out.data_ptr())
         return out
 
 

@@ -31,7 +31,7 @@ class QKVWrite:
         self, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, num_heads: int, num_kv_heads: int
     ) -> None:
         self._options = q_norm, k_norm, eps, num_heads, num_kv_heads
-        self._native: _Native | None = None
+        self._native: NativeQKVWrite | None = None
 
     def __call__(self, qkv: Tensor, kv: PagedKV, slots: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Write the K and V of T tokens into their slots; returns their Q, [T, H, D].
@@ -43,7 +43,7 @@ class QKVWrite:
             run = function("penstock_qkv_rope_write", "p")
             if run is None or qkv.device.type != "cpu" or qkv.dtype is not torch.float32:
                 return reference(qkv, kv, slots, cos, sin, *self._options)
-            self._native = _Native(run, kv, *self._options)
+            self._native = NativeQKVWrite(run, kv, *self._options)
         return self._native(qkv, slots, cos, sin)
 
 
@@ -77,7 +77,7 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class _Arguments(ctypes.Structure):
-    """`Arguments` of csrc/qkv.cpp."""
+    """`QKVArguments` of csrc/qkv.h."""
 
     _fields_ = (
         ("qkv", ctypes.c_void_p),
@@ -108,7 +108,7 @@ _CHANGING = struct.Struct("PPPPPqq")
 """The first fields of `_Arguments`: all that is new in a step."""
 
 
-class _Native:
+class NativeQKVWrite:
     """The kernel with all that stays the same from step to step."""
 
     def __init__(
@@ -133,7 +133,7 @@ class _Native:
             *(w is not None and w.numel() > head_size for w in (q_norm, k_norm)),
             *(eps, KV_TYPES[kv.k.dtype]),
         )
-        self._address = ctypes.addressof(self._arguments)
+        self.address = ctypes.addressof(self._arguments)
 
     def __call__(self, qkv: Tensor, slots: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
@@ -141,5 +141,5 @@ class _Native:
         q = torch.empty((num_tokens, *self._shape))
         pointers = qkv.data_ptr(), q.data_ptr(), slots.data_ptr(), cos.data_ptr(), sin.data_ptr()
         _CHANGING.pack_into(self._arguments, 0, *pointers, num_tokens, half)
-        self._run(self._address)
+        self._run(self.address)
         return q

@@ -3,16 +3,6 @@
 
 extern "C" {
 
-// `Arguments` of kernels/native_attention.py.
-struct AttentionArguments {
-    Step step;
-    Options options;
-    const void *k, *v;
-    const float *k_scale, *v_scale;
-    int64_t block_size;
-    KVType type;
-};
-
 EXPORT void penstock_attention(const AttentionArguments* a) {
     with_type(a->type, [a]<class T>(T) {
         using Item = typename T::Item;

@@ -12,19 +12,6 @@
 
 constexpr int64_t SEGMENT = 16 * CHUNK;
 
-// `Spans` of kernels/paged_kv.py.
-struct Span {
-    int32_t row_start, num_rows, start, table_offset;
-};
-
-struct Step {
-    const float* q;  // [T, H, D]
-    float* out;      // [T, H, Dv]
-    const Span* spans;
-    const int32_t* blocks;
-    int64_t num_spans, num_heads, num_kv_heads, key_size, value_size;
-};
-
 namespace attention {
 
 struct Tile {

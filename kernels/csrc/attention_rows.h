@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention_arguments.h"
 #include "attention_tile.h"
 
 constexpr int CHUNK = 64, BLOCKS = CHUNK / LANES;  // positions of a chunk, and its blocks of 16
@@ -30,13 +31,6 @@ struct Chunk {
     const Item* values[BLOCKS];  // [16, Dv] each, `value_stride` between rows
     const Item *keys_ahead[BLOCKS], *values_ahead[BLOCKS];  // of the next chunk, or the same again
     const float *key_scales[BLOCKS], *value_scales[BLOCKS];  // [16] each; of int8 only
-};
-
-struct Options {
-    float scale = 1;
-    float softcap = 0;     // 0: none
-    int64_t window = 0;    // 0: none
-    const float* sinks = nullptr;  // [H]
 };
 
 inline int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }

@@ -4,7 +4,7 @@
 // T tokens, C hidden size, I size of an expert, E experts, k chosen ones a token; R = T k rows.
 #include <vector>
 
-#include "matmul.h"
+#include "ops.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Linear layers for Python: packing of their weights, and products.
-#include "matmul.h"
+#include "ops.h"
 
 namespace {
 

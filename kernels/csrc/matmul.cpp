@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t ALIGNMENT = 64;
-constexpr int PANEL_SLOT = 7;  // of `scratch`: a panel as floats
+constexpr int PANEL_SLOT = 7, NUM_SLOTS = 17;  // of `scratch`: a panel as floats; all there are
 // From so many tiles on, a panel is turned into floats once and not by every tile.
 constexpr int64_t MIN_TILES_TO_EXPAND = 3;
 
@@ -183,8 +183,8 @@ int64_t round_up(int64_t n) { return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT
 
 void* scratch(int slot, int64_t num_bytes) {
     struct Buffers {
-        void* data[8] = {};
-        int64_t size[8] = {};
+        void* data[NUM_SLOTS] = {};
+        int64_t size[NUM_SLOTS] = {};
         ~Buffers() {
             for (void* p : data) std::free(p);
         }

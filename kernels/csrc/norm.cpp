@@ -2,8 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "pool.h"
-#include "simd.h"
+#include "ops.h"
 
 namespace {
 

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <mutex>
@@ -26,19 +27,36 @@ void await(const std::atomic<uint32_t>& word, uint32_t seen, const Condition& is
     word.wait(seen);
 }
 
-// A loop ends when its items are done, not when every thread has taken part: where the machine is busy and a helper gets
-// no core in time, the caller does its share. So a helper may wake up late, in the middle of a later loop. It takes an
-// item only by moving `ticket_` on from a value of the round that it knows, and while an item is taken its round can't
-// end: what it has read of the round is then still true.
+// The items of a loop that a thread has yet to take: [begin, end) of round `round`, in one word, so that nobody sees the
+// one without the others. A thread that sleeps while 2^20 rounds go by and then finds the very same items left takes one
+// of the round at hand, which is as good.
+struct Share {
+    static constexpr int64_t MAX_ITEMS = 1 << 22;
+    uint32_t round, begin, end;
+
+    static Share of(uint64_t word) {
+        return {static_cast<uint32_t>(word >> 44), static_cast<uint32_t>(word >> 22) & 0x3fffff, static_cast<uint32_t>(word) & 0x3fffff};
+    }
+    uint64_t word() const { return (uint64_t{round & ROUND_MASK} << 44) | (uint64_t{begin} << 22) | end; }
+    bool is_of(uint32_t other) const { return round == (other & ROUND_MASK); }
+    static constexpr uint32_t ROUND_MASK = 0xfffff;
+};
+
+// Each thread has a share of a loop's items that lie side by side, so that it reads memory from front to back; once done,
+// it takes from the back of others' shares. A loop ends when its items are done, not when every thread has taken part:
+// where the machine is busy and a helper gets no core in time, the others do its share. So a helper may wake up late, in
+// the middle of a later loop. It takes an item only by changing a share of the round that it knows, and while an item is
+// taken its round can't end: what it has read of the round is then still true.
 class Pool {
   public:
     void resize(int num_threads, const int32_t* cpus, int num_cpus) {
         std::lock_guard<std::mutex> one_at_a_time(running_);
         stop();
         stopping_.store(false);
+        shares_ = std::vector<OwnLine>(static_cast<size_t>(num_threads));
         size_.store(num_threads);
         for (int i = 1; i < num_threads; ++i) {
-            helpers_.emplace_back([this, seen = round_.load()] { help(seen); });
+            helpers_.emplace_back([this, i, seen = round_.load()] { help(i, seen); });
             if (num_cpus > 0) {
                 cpu_set_t set;
                 CPU_ZERO(&set);
@@ -52,38 +70,57 @@ class Pool {
 
     void run(int64_t num_items, const std::function<void(int64_t)>& body) {
         std::lock_guard<std::mutex> one_at_a_time(running_);
+        for (int64_t start = 0; start < num_items; start += Share::MAX_ITEMS - 1)
+            run_round(start, std::min(Share::MAX_ITEMS - 1, num_items - start), body);
+    }
+
+  private:
+    struct alignas(64) OwnLine {
+        std::atomic<uint64_t> word{0};
+    };
+
+    void run_round(int64_t first_item, int64_t num_items, const std::function<void(int64_t)>& body) {
         const uint32_t round = round_.load(std::memory_order_relaxed) + 1;
-        ticket_.store((uint64_t{round} << 32) | UINT32_MAX);  // nothing to take while the round is being described
+        first_item_.store(first_item, std::memory_order_relaxed);
         num_left_.store(static_cast<uint32_t>(num_items), std::memory_order_relaxed);
-        num_items_.store(num_items, std::memory_order_release);
-        body_.store(&body, std::memory_order_release);
-        ticket_.store(uint64_t{round} << 32, std::memory_order_release);
+        body_.store(&body, std::memory_order_relaxed);
+        const int64_t num_shares = size();
+        for (int64_t i = 0; i < num_shares; ++i) {
+            const Share share{round, static_cast<uint32_t>(num_items * i / num_shares), static_cast<uint32_t>(num_items * (i + 1) / num_shares)};
+            shares_[static_cast<size_t>(i)].word.store(share.word(), std::memory_order_release);
+        }
         round_.store(round);
         round_.notify_all();
-        take_items(round);
+        take_items(0, round);
         for (uint32_t left = num_left_.load(std::memory_order_acquire); left > 0; left = num_left_.load(std::memory_order_acquire))
             await(num_left_, left, [&] { return num_left_.load(std::memory_order_acquire) != left; });
     }
 
-  private:
-    void take_items(uint32_t round) {
-        for (uint64_t ticket = ticket_.load(std::memory_order_acquire); ticket >> 32 == round;) {
-            const int64_t item = static_cast<int64_t>(ticket & UINT32_MAX);
-            const auto* body = body_.load(std::memory_order_acquire);
-            if (item >= num_items_.load(std::memory_order_acquire)) return;
-            if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-            (*body)(item);
-            if (num_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) num_left_.notify_one();
-            ticket = ticket_.load(std::memory_order_acquire);
+    // All there is to take for the thread that owns share `own`.
+    void take_items(size_t own, uint32_t round) {
+        for (size_t i = 0; i < shares_.size(); ++i) {
+            std::atomic<uint64_t>& word = shares_[(own + i) % shares_.size()].word;
+            for (uint64_t seen = word.load(std::memory_order_acquire);;) {
+                Share share = Share::of(seen);
+                if (!share.is_of(round)) return;
+                if (share.begin == share.end) break;
+                const auto* body = body_.load(std::memory_order_acquire);
+                const int64_t first_item = first_item_.load(std::memory_order_acquire);
+                const uint32_t item = i == 0 ? share.begin++ : --share.end;
+                if (!word.compare_exchange_weak(seen, share.word(), std::memory_order_acq_rel)) continue;
+                (*body)(first_item + item);
+                if (num_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) num_left_.notify_one();
+                seen = word.load(std::memory_order_acquire);
+            }
         }
     }
 
-    void help(uint32_t seen) {
+    void help(int own, uint32_t seen) {
         while (true) {
             while (round_.load() == seen) await(round_, seen, [&] { return round_.load(std::memory_order_acquire) != seen; });
             seen = round_.load();
             if (stopping_.load()) return;
-            take_items(seen);
+            take_items(static_cast<size_t>(own), seen);
         }
     }
 
@@ -97,11 +134,11 @@ class Pool {
 
     std::mutex running_;
     std::vector<std::thread> helpers_;
+    std::vector<OwnLine> shares_ = std::vector<OwnLine>(1);
     std::atomic<int> size_{1};
     std::atomic<uint32_t> round_{0}, num_left_{0};
     std::atomic<bool> stopping_{false};
-    std::atomic<uint64_t> ticket_{0};  // round in the high half, next item in the low
-    std::atomic<int64_t> num_items_{0};
+    std::atomic<int64_t> first_item_{0};
     std::atomic<const std::function<void(int64_t)>*> body_{nullptr};
 };
 

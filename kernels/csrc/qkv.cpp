@@ -4,28 +4,11 @@
 #include <cstring>
 #include <vector>
 
-#include "kv_types.h"
-#include "pool.h"
+#include "qkv.h"
 
 namespace {
 
 constexpr int64_t TOKENS_AT_ONCE = 16;  // neighbours write into the same cache lines
-
-// `Arguments` of kernels/qkv.py.
-struct Arguments {
-    const float* qkv;  // [T, (H + 2K) D]
-    float* q;          // [T, H, D]
-    const int64_t* slots;      // [T]
-    const float *cos, *sin;    // [T, half]
-    int64_t num_tokens, half;
-    void *k, *v;                   // [B, K, D, S] and [B, K, S, D]
-    float *k_scale, *v_scale;      // [B, K, S], or null
-    const float *q_norm, *k_norm;  // null, or [D]; [H D] and [K D] where the norm is over all heads
-    int64_t num_heads, num_kv_heads, head_size, block_size;
-    int32_t q_norm_is_wide, k_norm_is_wide;
-    float eps;
-    KVType type;
-};
 
 vf load_up_to(const float* p, int64_t n) { return n >= LANES ? load(p) : load_first(p, static_cast<int>(n)); }
 void store_up_to(float* p, vf x, int64_t n) { n >= LANES ? store(p, x) : store_first(p, x, static_cast<int>(n)); }
@@ -72,7 +55,7 @@ struct Turn {
 
 // Writes one token's K and V, [K, D] each.
 template <class T>
-void write(const Arguments& a, int64_t slot, const float* k, const float* v, typename T::Item* row) {
+void write(const QKVArguments& a, int64_t slot, const float* k, const float* v, typename T::Item* row) {
     const int64_t block = slot / a.block_size, offset = slot % a.block_size, size = a.head_size;
     for (int64_t h = 0; h < a.num_kv_heads; ++h) {
         const int64_t head = block * a.num_kv_heads + h, place = head * a.block_size + offset;
@@ -86,8 +69,8 @@ void write(const Arguments& a, int64_t slot, const float* k, const float* v, typ
 
 }  // namespace
 
-extern "C" EXPORT void penstock_qkv_rope_write(const Arguments* arguments) {
-    const Arguments& a = *arguments;
+extern "C" EXPORT void penstock_qkv_rope_write(const QKVArguments* arguments) {
+    const QKVArguments& a = *arguments;
     const int64_t q_size = a.num_heads * a.head_size, kv_size = a.num_kv_heads * a.head_size;
     with_type(a.type, [&]<class T>(T) {
         pool::parallel_for((a.num_tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE, [&](int64_t item) {

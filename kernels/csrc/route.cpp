@@ -3,8 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "pool.h"
-#include "simd.h"
+#include "ops.h"
 
 namespace {
 
