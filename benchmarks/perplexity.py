@@ -62,7 +62,7 @@ def logits_of(engine: Engine, token_ids: Sequence[int]) -> Tensor:
     plan = Plan((PlanEntry("text", tuple(token_ids), 0, block_ids, None),))
     vocab_size, storage = engine.model_config.vocab_size, engine.storage
     inputs = build_step_inputs(plan, engine.layout.block_size, vocab_size, storage.device)
-    return engine.model.logits(engine.model.forward(inputs, storage.layers, lambda _: None))
+    return engine.model.logits(engine.model.forward(inputs, storage.layers))
 
 
 def log_likelihood(engine: Engine, token_ids: Sequence[int]) -> float:

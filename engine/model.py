@@ -46,7 +46,7 @@ class Model:
 
         `on_layer(l)` is called once that of layer l is written, before the layer's attention.
         """
-        angles = [self._angles(inputs.positions, *rope) for rope in self._ropes]
+        angles = [rope_angles(inputs.positions, *rope) for rope in self._ropes]
         hidden = self._embed(inputs.token_ids)
         native = self._native(kv_layers)
         if native is not None:
@@ -94,10 +94,6 @@ class Model:
     def _embed(self, token_ids: Tensor) -> Tensor:
         rows = self._weights.embedding.index_select(0, token_ids).to(self._dtype)
         return rows if self.config.embedding_scale == 1.0 else rows * self.config.embedding_scale
-
-    def _angles(self, positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        cos, sin = rope_angles(positions, frequencies)
-        return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
     def _mlp(self, x: Tensor, weights: MLPWeights | MoEWeights, residual: Tensor | None) -> Tensor:
         """x, residual: [T, C]; returns [T, C]."""

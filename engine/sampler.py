@@ -141,13 +141,13 @@ def _draw(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
         penalties = p.repetition_penalty, p.frequency_penalty, p.presence_penalty
         limits = p.top_p, p.top_k or vocab_size, sampling.min_weight(p.min_p)
         span = history_start, history_start + num, max(num - row.num_output_tokens, 0)
-        table.append((p.temperature, *penalties, *limits, p.seed, row.position, *span, mask_index if has_mask else -1))
+        place = p.seed, row.position, *span, mask_index if has_mask else -1
+        table.append(sampling.Row(p.temperature, *penalties, *limits, *place))
         mask_index, history_start = mask_index + has_mask, history_start + num
-    history = np.concatenate([np.empty(0, np.int32), *past])
-    if len(history) and not 0 <= history.min() <= history.max() < vocab_size:
+    history = np.concatenate(past) if past else None
+    if history is not None and len(history) and not 0 <= history.min() <= history.max() < vocab_size:
         raise IntegrityError(f"a token id of the history is outside of the vocabulary, [0, {vocab_size})")
-    stacked = np.stack(masks) if masks else np.empty((0, 0), np.uint32)
-    tokens = sampling.sample_rows(logits.contiguous(), np.array(table, sampling.ROW), history, stacked)
+    tokens = sampling.sample_rows(logits.contiguous(), table, history, np.stack(masks) if masks else None)
     return [
         token if token != sampling.NOTHING else next(iter(row.params.stop_token_ids), 0)
         for token, row in zip(tokens, rows, strict=True)

@@ -8,14 +8,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.native import function
 
-def rope_angles(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions, once for all layers of a step.
 
-    positions: [T] integers; inverse_frequencies: [P/2] float32; returns two float32 [T, P/2].
+def rope_angles(positions: Tensor, inverse_frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions times `factor`, once for all layers of a step.
+
+    positions: [T] int64; inverse_frequencies: [P/2] float32; returns two float32 [T, P/2].
     """
+    run = function("penstock_rope_angles", "pqpqfpp")
+    if run is not None and positions.device.type == "cpu":
+        positions, frequencies = positions.contiguous(), inverse_frequencies.contiguous()
+        cos, sin = torch.empty(2, len(positions), len(frequencies))
+        run(
+            *(positions.data_ptr(), len(positions), frequencies.data_ptr(), len(frequencies)),
+            *(factor, cos.data_ptr(), sin.data_ptr()),
+        )
+        return cos, sin
     angles = positions.to(torch.float32).unsqueeze(1) * inverse_frequencies
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

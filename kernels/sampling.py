@@ -6,8 +6,12 @@ float32 operations: from the same logits the C++ kernel and the reference, where
 
 from __future__ import annotations
 
+import ctypes
 import math
+import struct
 from collections.abc import Sequence
+from itertools import starmap
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,29 +21,34 @@ from torch import Tensor
 from kernels import philox
 from kernels.native import function
 
-ROW = np.dtype(
-    [
-        ("temperature", "f4"),
-        ("repetition", "f4"),
-        ("frequency", "f4"),
-        ("presence", "f4"),
-        ("top_p", "f8"),
-        ("top_k", "i8"),
-        ("min_weight", "i8"),
-        ("seed", "u8"),
-        ("position", "u8"),
-        ("history_start", "i8"),
-        ("history_end", "i8"),
-        ("num_prompt", "i8"),
-        ("mask", "i8"),
-    ]
-)
-"""How one row of logits is sampled.
 
-temperature: 0 takes the best; top_k: V for no limit; min_weight: from `min_weight`; the row's tokens so far are
-history[history_start:history_end], the first `num_prompt` of them the prompt's, and none where nothing is penalized;
-mask: index of the row's mask, -1 for none.
-"""
+class Row(NamedTuple):
+    """How one row of logits is sampled."""
+
+    temperature: float
+    """0 takes the best."""
+    repetition: float
+    frequency: float
+    presence: float
+    top_p: float
+    top_k: int
+    """V for no limit."""
+    min_weight: int
+    """From `min_weight`."""
+    seed: int
+    position: int
+    history_start: int
+    history_end: int
+    """The row's tokens so far are history[history_start:history_end], and none where nothing is penalized."""
+    num_prompt: int
+    """So many of them are the prompt's."""
+    mask: int
+    """Index of the row's mask, -1 for none."""
+
+
+_PACKED = struct.Struct("ffffdqqQQqqqq")
+"""A `Row` as the kernel has it."""
+_ROW = np.dtype([(name, kind) for name, kind in zip(Row._fields, _PACKED.format, strict=True)])
 
 FULL_WEIGHT = 2**44
 """Weight of the best token; a vocabulary below 2^19 sums up to less than 2^63."""
@@ -64,20 +73,22 @@ def num_mask_words(vocab_size: int) -> int:
 
 
 def sample_rows(
-    logits: Tensor, rows: npt.NDArray[np.void], history: npt.NDArray[np.int32], masks: npt.NDArray[np.uint32]
+    logits: Tensor, rows: Sequence[Row], history: npt.NDArray[np.int32] | None, masks: npt.NDArray[np.uint32] | None
 ) -> list[int]:
     """A token for each row, or `NOTHING`.
 
-    logits: [R, V] float32, contiguous, may be changed; rows: [R] of `ROW`; history: [N]; masks: [M, ceil(V / 32)], bit
-    i of word j allows token 32 j + i. Of equal logits the lower token id is the better.
+    logits: [R, V] float32, contiguous, may be changed; history: [N], or None where no row has any; masks: [M, ceil(V /
+    32)], bit i of word j allows token 32 j + i, or None where no row has one. Of equal logits the lower token id is the
+    better.
     """
     run = function("penstock_sample", "pqqpppp")
+    packed = b"".join(starmap(_PACKED.pack, rows))
     if run is None or logits.device.type != "cpu":
-        return _sample_rows(logits, rows, history, masks)
-    tokens = np.empty(len(rows), np.int64)
-    addresses = (rows.ctypes.data, history.ctypes.data, masks.ctypes.data, tokens.ctypes.data)
-    run(logits.data_ptr(), *logits.shape, *addresses)
-    return [int(token) for token in tokens.tolist()]
+        return _sample_rows(logits, np.frombuffer(packed, _ROW), history, masks)
+    tokens = (ctypes.c_int64 * len(rows))()
+    addresses = (None if table is None else table.ctypes.data for table in (history, masks))
+    run(logits.data_ptr(), *logits.shape, packed, *addresses, ctypes.addressof(tokens))
+    return list(tokens)
 
 
 def token_logprobs(
@@ -102,12 +113,15 @@ def token_logprobs(
 
 
 def _sample_rows(
-    logits: Tensor, rows: npt.NDArray[np.void], history: npt.NDArray[np.int32], masks: npt.NDArray[np.uint32]
+    logits: Tensor,
+    rows: npt.NDArray[np.void],
+    history: npt.NDArray[np.int32] | None,
+    masks: npt.NDArray[np.uint32] | None,
 ) -> list[int]:
     for i, row in enumerate(rows):
-        if row["mask"] >= 0:
+        if masks is not None and row["mask"] >= 0:
             mask_(logits[i], masks[row["mask"]])
-        if row["history_end"] > row["history_start"]:
+        if history is not None and row["history_end"] > row["history_start"]:
             penalize_(logits[i], row, history[row["history_start"] : row["history_end"]])
     tokens = logits.argmax(dim=-1)
     random = torch.from_numpy(np.flatnonzero(rows["temperature"])).to(logits.device)

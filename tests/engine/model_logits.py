@@ -18,4 +18,4 @@ def logits_of(folder: Path, config: EngineConfig, token_ids: list[int]) -> torch
     blocks = tuple(range(-(-len(token_ids) // block_size)))
     plan = Plan((PlanEntry("a", tuple(token_ids), 0, blocks, None),))
     inputs = build_step_inputs(plan, block_size, vocab_size, engine.storage.device)
-    return engine.model.logits(engine.model.forward(inputs, engine.storage.layers, lambda _: None)).cpu()
+    return engine.model.logits(engine.model.forward(inputs, engine.storage.layers)).cpu()

@@ -59,7 +59,7 @@ def entry(index: int, start: int, end: int) -> PlanEntry:
 def logits(engine: Engine, *entries: PlanEntry) -> list[torch.Tensor]:
     """Those of all rows of each entry, computed in one step."""
     inputs = build_step_inputs(Plan(entries), BLOCK_SIZE, 199, torch.device("cpu"))
-    rows = engine.model.logits(engine.model.forward(inputs, engine.storage.layers, lambda _: None))
+    rows = engine.model.logits(engine.model.forward(inputs, engine.storage.layers))
     places = {tuple(row): i for i, row in enumerate(zip(inputs.token_ids.tolist(), inputs.slots.tolist(), strict=True))}
     out = []
     for e in entries:

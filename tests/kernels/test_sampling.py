@@ -99,10 +99,8 @@ def test_a_draw_never_leaves_the_largest_sums(device: torch.device) -> None:
     assert last.item() == 2**18 - 1
 
 
-def row(
-    rng: np.random.Generator, vocab_size: int, history_start: int, history_end: int, mask: int
-) -> tuple[object, ...]:
-    return (
+def row(rng: np.random.Generator, vocab_size: int, history_start: int, history_end: int, mask: int) -> sampling.Row:
+    return sampling.Row(
         rng.choice([0, 0.3, 1, 2.5, 1e-45]),
         rng.choice([1, 1.3, 0.7]),
         rng.choice([0, 0.5, -1.1]),
@@ -110,8 +108,8 @@ def row(
         rng.choice([1, 0.9, 0.5, 0.1, 1e-9]),
         rng.choice([vocab_size, 1, 5, 200, 10**9]),
         sampling.min_weight(rng.choice([0, 0.1, 0.9, 1])),
-        rng.integers(0, 2**63),
-        rng.integers(0, 2**40),
+        int(rng.integers(0, 2**63)),
+        int(rng.integers(0, 2**40)),
         history_start,
         history_end,
         (history_end - history_start) // 2,
@@ -137,16 +135,12 @@ def test_the_kernel_draws_what_the_reference_draws_on_the_cpu(
         logits = (logits * steps).round() / steps
     history = rng.integers(0, vocab_size, 80).astype(np.int32)
     masks = rng.integers(0, 2**32, (2, sampling.num_mask_words(vocab_size)), dtype=np.uint64).astype(np.uint32)
-    rows = np.array(
-        [
-            row(rng, vocab_size, 20 * i, 20 * i + int(rng.integers(0, 21)), int(rng.choice([-1, 0, 1])))
-            for i in range(4)
-        ],
-        sampling.ROW,
-    )
+    rows = [
+        row(rng, vocab_size, 20 * i, 20 * i + int(rng.integers(0, 21)), int(rng.choice([-1, 0, 1]))) for i in range(4)
+    ]
     ours, theirs = logits.to(DEVICE, copy=True), logits.clone()
     tokens = sampling.sample_rows(ours, rows, history, masks)
-    assert tokens == sampling._sample_rows(theirs, rows, history, masks)
+    assert tokens == sampling._sample_rows(theirs, np.array(rows, sampling._ROW), history, masks)
     assert torch.equal(ours.cpu(), theirs)
     chosen, num_top = [max(token, 0) for token in tokens], min(vocab_size, 7)
     told, expected = (
@@ -168,7 +162,6 @@ def test_log_probabilities_and_ranks(device: torch.device, rng: torch.Generator)
 
 
 def test_nothing_is_drawn_where_all_is_forbidden(device: torch.device) -> None:
-    rows = np.zeros(2, sampling.ROW)
-    rows["temperature"], rows["top_p"], rows["top_k"], rows["mask"] = [0, 1], 1, 9, 0
+    rows = [sampling.Row(temperature, 1, 0, 0, 1, 9, 0, 0, 0, 0, 0, 0, 0) for temperature in (0, 1)]
     nothing = np.zeros((1, 1), np.uint32)
-    assert sampling.sample_rows(torch.zeros(2, 9, device=device), rows, np.empty(0, np.int32), nothing) == [-1, -1]
+    assert sampling.sample_rows(torch.zeros(2, 9, device=device), rows, None, nothing) == [-1, -1]
