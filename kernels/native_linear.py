@@ -21,7 +21,7 @@ _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "codes4": 4, "co
 _ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "swigluoai": 3}
 _PLAIN, _GATE, _UP = range(3)
 _LANES, _PANEL = 16, 32
-_ROWS_AT_ONCE = 2048
+_ROWS_AT_ONCE = 256
 """Rows that are converted in one piece, so that loading never holds a second copy of a large weight."""
 
 
