@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from benchmarks.serve.options import BenchCompare, BenchServe
 from cluster.config import ClusterConfig, load_config
 from core.errors import ConfigError, PenstockError
 
@@ -115,7 +116,9 @@ class Explain:
 class Bench:
     """Load a running cluster with random prompts and report latencies and throughput.
 
-    `penstock bench engine` needs no cluster: it measures the engine beside its peers on this machine.
+    `penstock bench serve` is the load tool proper: open loop, recorded traces, SLOs, any OpenAI-compatible server;
+    `penstock bench compare` shows two of its results side by side. `penstock bench engine` needs no cluster: it
+    measures the engine beside its peers on this machine.
     """
 
     target: str = DEFAULT_TARGET
@@ -149,6 +152,12 @@ class BenchEngine:
     """Print one JSON object instead of a table."""
 
 
+BENCHES: dict[str, type[BenchEngine | BenchServe | BenchCompare]] = {
+    "engine": BenchEngine,
+    "serve": BenchServe,
+    "compare": BenchCompare,
+}
+BenchCommand = BenchEngine | BenchServe | BenchCompare
 Subcommand = Demo | Serve | Generate | Status | Trace | Explain | Bench
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -172,17 +181,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def parse(arguments: list[str]) -> Subcommand | BenchEngine:
+def parse(arguments: list[str]) -> Subcommand | BenchCommand:
     """The command with its values; exits with usage where flags are wrong. Raises ConfigError."""
-    if arguments[:2] == ["bench", "engine"]:
-        return tyro.cli(BenchEngine, args=arguments[2:], prog="penstock bench engine")
+    if arguments[:1] == ["bench"] and (kind := BENCHES.get("".join(arguments[1:2]))):
+        return tyro.cli(kind, args=arguments[2:], prog=f"penstock bench {arguments[1]}")
     if arguments[:1] == ["serve"] and (config := _config_flag(arguments)):
         default = Serve(load_config(config), config=config)
         return tyro.cli(Serve, args=arguments[1:], default=default, prog="penstock serve")
     return tyro.cli(Command, args=arguments, prog="penstock")
 
 
-def run(command: Subcommand | BenchEngine) -> int:
+def run(command: Subcommand | BenchCommand) -> int:
     """Import what the command needs and nothing else: `status` loads neither Ray nor torch."""
     match command:
         case Demo():
@@ -206,6 +215,14 @@ def run(command: Subcommand | BenchEngine) -> int:
                 command.output,
                 as_json=command.json,
             )
+        case BenchServe():
+            from benchmarks.serve.command import bench_serve
+
+            return bench_serve(command)
+        case BenchCompare():
+            from benchmarks.serve.command import bench_compare
+
+            return bench_compare(command)
         case _:
             from cluster import remote
 
