@@ -214,6 +214,10 @@ def worker_message(events: Sequence[Event], load: Load) -> worker_pb2.WorkerMess
             num_drafts=load.num_drafts,
             num_draft_tokens=load.num_draft_tokens,
             num_accepted_tokens=load.num_accepted_tokens,
+            num_parked=load.num_parked,
+            parked_bytes=load.parked_bytes,
+            num_parks=load.num_parks,
+            num_recomputes=load.num_recomputes,
         ),
     )
 

@@ -345,10 +345,10 @@ class Worker:
 
     def load(self) -> Load:
         scheduler, index = self._engine.scheduler, self._engine.pool.index
-        counts = scheduler.draft_counts
+        counts, parking = scheduler.draft_counts, scheduler.parking_counts
         return Load(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + scheduler.num_parked,
             num_held=scheduler.num_held,
             num_free_blocks=self._engine.pool.num_free_blocks,
             num_preemptions=scheduler.num_preemptions,
@@ -360,6 +360,10 @@ class Worker:
             num_drafts=counts.num_drafts,
             num_draft_tokens=counts.num_draft_tokens,
             num_accepted_tokens=counts.num_accepted_tokens,
+            num_parked=scheduler.num_parked,
+            parked_bytes=parking.num_held_blocks * self._engine.layout.bytes_per_block,
+            num_parks=parking.num_parks,
+            num_recomputes=parking.num_recomputes,
         )
 
     def check_integrity(self) -> None:

@@ -54,8 +54,11 @@ class WorkerHello:
 class Load:
     """A worker's state, sent with every batch of events and at least once a second.
 
-    From the worker's start are counted: preemptions, tokens looked up and found in the prefix cache, and drafts: times
-    that tokens were guessed, how many, and how many were right.
+    Some of the waiting are parked, and hold `parked_bytes` of host memory.
+
+    From the worker's start are counted: preemptions, how often what a request had computed was kept in host memory
+    (parks) or lost (recomputes), tokens looked up and found in the prefix cache, and drafts: times that tokens were
+    guessed, how many, and how many were right.
     """
 
     num_running: int = 0
@@ -71,6 +74,10 @@ class Load:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_parked: int = 0
+    parked_bytes: int = 0
+    num_parks: int = 0
+    num_recomputes: int = 0
 
 
 # ---- commands

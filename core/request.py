@@ -24,8 +24,10 @@ class RequestState(Enum):
 
     ```
     WAITING ──▶ RUNNING ──▶ HELD (prefilled, blocks kept for a transfer) ──▶ FINISHED
-       ▲          │  ▲
-       └─preempt──┘  └── HELD (reserved on the decode side, waits for its KV)
+       ▲         │ │ ▲ ▲
+       └─preempt─┘ │ │ └── HELD (reserved on the decode side, waits for its KV)
+                   ▼ │
+                  PARKED (its KV stands in host memory) ──▶ WAITING, where that copy failed
     any state ──▶ FINISHED
     ```
     """
@@ -33,12 +35,19 @@ class RequestState(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     HELD = "held"
+    PARKED = "parked"
     FINISHED = "finished"
 
 
 _NEXT = {
     RequestState.WAITING: {RequestState.RUNNING, RequestState.HELD, RequestState.FINISHED},
-    RequestState.RUNNING: {RequestState.WAITING, RequestState.HELD, RequestState.FINISHED},
+    RequestState.RUNNING: {
+        RequestState.WAITING,
+        RequestState.HELD,
+        RequestState.PARKED,
+        RequestState.FINISHED,
+    },
+    RequestState.PARKED: {RequestState.RUNNING, RequestState.WAITING, RequestState.FINISHED},
     RequestState.HELD: {RequestState.RUNNING, RequestState.FINISHED},
     RequestState.FINISHED: set(),
 }
@@ -50,11 +59,12 @@ class Request:
 
     `prompt_token_ids` is what must be prefilled; a resumed request's ends with tokens already streamed, and
     `num_prompt_tokens` says where the client's own prompt ended. `output_token_ids` are those drawn since.
-    `num_computed_tokens` counts the positions whose K and V are in the cache; `num_cached_tokens` those that were there
-    when it first got blocks. `cache_salt` keeps it from sharing cached prefixes with requests that have another;
-    `block_hashes` names its first full blocks, as far as somebody wanted to know. `prompt_logprobs` are those of the
-    prompt's tokens from the second on, where they are asked for. `kv_wire_dtype` is the router's, for its tickets;
-    `priority` (lower goes first) and `user` (whom the client asks for) are for its queue.
+    `num_computed_tokens` counts the positions whose K and V are in the cache, or in host memory while it is parked;
+    `num_cached_tokens` those that were there when it first got blocks. `cache_salt` keeps it from sharing cached
+    prefixes with requests that have another; `block_hashes` names its first full blocks, as far as somebody wanted to
+    know. `prompt_logprobs` are those of the prompt's tokens from the second on, where they are asked for.
+    `kv_wire_dtype` is the router's, for its tickets; `priority` (lower goes first) and `user` (whom the client asks
+    for) are for its queue.
     """
 
     request_id: str
@@ -87,6 +97,11 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """Known tokens whose K and V are nowhere."""
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -98,6 +98,11 @@ class BlockPool:
         if self.index is not None and start // self.block_size != end // self.block_size:
             self.index.insert(request, self._tables[request.request_id], start, end)
 
+    def refilled(self, request: Request) -> None:
+        """What the request has computed was copied into its blocks: those that are full can be found."""
+        if self.index is not None:
+            self.index.insert(request, self._tables[request.request_id], 0, request.num_computed_tokens)
+
     def free(self, request_id: str) -> int:
         """Take back all blocks of the request; returns how many. It may not write into them any more."""
         return self._give_up(request_id, self._empty)

@@ -53,6 +53,9 @@ class EngineConfig:
     """KV blocks; by default as many as `kv_cache_memory_gib` (CPU) or `gpu_memory_utilization` (GPU) allow."""
     kv_cache_memory_gib: float = 1.0
     """Memory for the KV cache on CPU, in GiB."""
+    swap_space: float = 4.0
+    """Host memory for K and V of requests that must give way to others, in GiB; pinned with a GPU, elsewhere taken as
+    it is needed. With 0, or when it is full, they are computed anew."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that weights, activations and KV cache may take together."""
     max_num_batched_tokens: int = 512
@@ -98,5 +101,7 @@ class EngineConfig:
             )
         if not self.kv_cache_memory_gib > 0:
             raise ConfigError("engine.kv_cache_memory_gib", self.kv_cache_memory_gib, "must be > 0")
+        if not self.swap_space >= 0:
+            raise ConfigError("engine.swap_space", self.swap_space, "must be >= 0 GiB")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError("engine.gpu_memory_utilization", self.gpu_memory_utilization, "must be in (0, 1]")

@@ -12,9 +12,10 @@ from core.kv_layout import KVLayout
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.grammar import GrammarMasks
-from engine.kv_storage import KVStorage
+from engine.growth import GrowthForecast
+from engine.kv_storage import HostKV, KVStorage
 from engine.loading import load_model
-from engine.memory import num_blocks_that_fit
+from engine.memory import num_blocks_that_fit, num_host_blocks
 from engine.model import Model
 from engine.model_config import ModelConfig
 from engine.plan import StepOutput
@@ -56,16 +57,19 @@ class Engine:
         pool = BlockPool(num_blocks, config.block_size, index)
         storage = KVStorage(loaded.layout, num_blocks, loaded.device)
         max_model_len = min(loaded.max_model_len, num_blocks * config.block_size)
+        host = HostKV(storage, num_host_blocks(loaded.layout, num_blocks, max_model_len, config))
         scheduler = Scheduler(
             pool,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             speculator=make_speculator(config, draft, num_blocks),
+            forecast=GrowthForecast(config.block_size, max_model_len),
+            num_host_blocks=host.num_blocks,
         )
         model_config, model = loaded.config, loaded.model
         grammars = GrammarMasks.from_checkpoint(Path(path), model_config.vocab_size, model_config.eos_token_ids)
-        runner = Runner(model, storage, grammars)
+        runner = Runner(model, storage, grammars, host)
         return cls(model_config, loaded.layout, pool, scheduler, model, runner, storage, max_model_len)
 
     def step(self, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -99,6 +99,54 @@ class KVStorage:
         if not all(0 <= block < self.num_blocks for block in blocks):
             raise IntegrityError(f"blocks {list(blocks)} are not all within {self.num_blocks}")
         return blocks, start - first * block_size
+
+
+class HostKV:
+    """Host memory for the K and V of parked requests, in blocks as the cache has them; pinned where that is on a GPU.
+
+    Copied as it stands, so what comes back is what left, bit for bit. Called before a step, on the engine's thread;
+    both return when the copy is made. On a CPU a block takes memory once it is first used.
+    """
+
+    def __init__(self, storage: KVStorage, num_blocks: int) -> None:
+        self.num_blocks, self._device = num_blocks, storage.device
+        pairs = [(part, self._like(part, num_blocks)) for layer in storage.layers for part in layer if part is not None]
+        self._pairs: Sequence[tuple[Tensor, Tensor]] = pairs  # [B, ...] of the cache and of host memory
+
+    def take_out(self, block_ids: Sequence[int], host_block_ids: Sequence[int]) -> None:
+        for first, last in _runs(host_block_ids):
+            index = torch.tensor(block_ids[first:last], device=self._device)
+            start, end = host_block_ids[first], host_block_ids[last - 1] + 1
+            for part, host in self._pairs:
+                host[start:end].copy_(part.index_select(0, index), non_blocking=True)
+        self._wait()
+
+    def put_back(self, block_ids: Sequence[int], host_block_ids: Sequence[int]) -> None:
+        for first, last in _runs(host_block_ids):
+            index = torch.tensor(block_ids[first:last], device=self._device)
+            start, end = host_block_ids[first], host_block_ids[last - 1] + 1
+            for part, host in self._pairs:
+                part.index_copy_(0, index, host[start:end].to(self._device, non_blocking=True))
+        self._wait()
+
+    def _like(self, part: Tensor, num_blocks: int) -> Tensor:
+        shape = (num_blocks, *part.shape[1:])
+        if self._device.type == "cpu":
+            return zeros(shape, part.dtype, self._device)
+        return torch.empty(shape, dtype=part.dtype, pin_memory=True)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Spans [first, last) of consecutive numbers."""
+    first = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or ids[i] != ids[i - 1] + 1:
+            yield first, i
+            first = i
 
 
 def _layer(layout: KVLayout, num_blocks: int, device: torch.device) -> LayerKV:

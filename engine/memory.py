@@ -36,6 +36,12 @@ def num_blocks_that_fit(loaded: LoadedModel, draft: LoadedModel | None, config: 
     return min(num_bytes // block_bytes, usable)
 
 
+def num_host_blocks(layout: KVLayout, num_blocks: int, max_model_len: int, config: EngineConfig) -> int:
+    """Blocks of host memory for parked requests: no more than can be used, so none where nobody has to give way."""
+    usable = config.max_num_seqs * -(-max_model_len // config.block_size)
+    return min(int(config.swap_space * 2**30) // layout.bytes_per_block, usable) if num_blocks < usable else 0
+
+
 def _free_bytes(model: Model, layout: KVLayout, config: EngineConfig, device: torch.device, max_model_len: int) -> int:
     """What is left of the configured share of the GPU, the activations of the largest step taken off."""
     plan, num_blocks = _largest_plan(config, max_model_len)

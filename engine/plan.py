@@ -44,20 +44,35 @@ class PlanEntry(NamedTuple):
         return self.start + len(self.token_ids)
 
 
+class Swap(NamedTuple):
+    """Blocks of a request's KV and those of host memory that hold the same, one each."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    host_block_ids: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: self-contained, so that it can be sent to the other ranks of a group as it is."""
+    """One step: self-contained, so that it can be sent to the other ranks of a group as it is.
+
+    First all of `swaps_out` are copied to host memory, then all of `swaps_in` from there, then `entries` are computed.
+    """
 
     entries: tuple[PlanEntry, ...]
     preempted: tuple[str, ...] = ()
-    """Requests whose blocks were taken back to make room; they wait again."""
+    """Requests whose blocks were taken back to make room, and that compute anew; they wait again."""
+    swaps_out: tuple[Swap, ...] = ()
+    """Of requests that are parked; their blocks are others' from then on."""
+    swaps_in: tuple[Swap, ...] = ()
+    """Of requests that are parked no longer: each has an entry."""
 
     @property
     def num_tokens(self) -> int:
         return sum(entry.num_tokens for entry in self.entries)
 
     def __bool__(self) -> bool:
-        return bool(self.entries)
+        return bool(self.entries or self.swaps_out)
 
 
 class Drawn(NamedTuple):

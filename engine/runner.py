@@ -11,7 +11,7 @@ from torch import Tensor
 from core.logprobs import TokenLogprobs
 from core.sampling import SamplingParams
 from engine.grammar import GrammarMasks, PendingMasks
-from engine.kv_storage import KVStorage
+from engine.kv_storage import HostKV, KVStorage
 from engine.model import Model
 from engine.plan import Drawn, Plan, StepResult
 from engine.sampler import sample, token_logprobs
@@ -28,10 +28,14 @@ class Runner:
     masks of grammars after the model was done.
     """
 
-    def __init__(self, model: Model, storage: KVStorage, grammars: GrammarMasks | None = None) -> None:
+    def __init__(
+        self, model: Model, storage: KVStorage, grammars: GrammarMasks | None = None, host: HostKV | None = None
+    ) -> None:
+        """Without `host` no plan may swap."""
         self._model = model
         self._storage = storage
         self._grammars = grammars
+        self._host = host
         self.mask_wait_s = 0.0
 
     def prepare(self, sampling: SamplingParams) -> None:
@@ -47,7 +51,8 @@ class Runner:
         plan stand in the cache (on a GPU: are ordered on the current stream). Layers come in order. What it raises ends
         the step. Blocks until the tokens are known.
         """
-        if not plan:
+        self._swap(plan)
+        if not plan.entries:
             return StepResult({})
         begun = perf_counter()
         pending = self._begin_masks(plan)
@@ -63,6 +68,14 @@ class Runner:
         drawn = sample(logits, inputs.sampled, masks)
         drawn.update((request_id, Drawn((), failure=failure)) for request_id, failure in failures.items())
         return StepResult(drawn, prompt_logprobs, perf_counter() - begun)
+
+    def _swap(self, plan: Plan) -> None:
+        if plan.swaps_out or plan.swaps_in:
+            assert self._host is not None, "a plan swaps without host memory"
+            for swap in plan.swaps_out:
+                self._host.take_out(swap.block_ids, swap.host_block_ids)
+            for swap in plan.swaps_in:
+                self._host.put_back(swap.block_ids, swap.host_block_ids)
 
     def _begin_masks(self, plan: Plan) -> PendingMasks:
         with_grammar = [entry for entry in plan.entries if entry.sampling is not None and entry.sampling.grammar]

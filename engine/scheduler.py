@@ -10,11 +10,15 @@ from types import MappingProxyType
 from core.errors import ConfigError, IntegrityError, InvalidRequestError
 from core.request import Request, RequestState
 from engine.block_pool import BlockPool
+from engine.entries import decode_entry, prefill_entry
+from engine.growth import GrowthForecast, num_allowed
+from engine.parking import Parking, ParkingCounts
 from engine.plan import Drawn, Plan, PlanEntry, StepOutput, StepResult
-from engine.soundness import allowed_blocks
+from engine.soundness import check_blocks
 from engine.speculation.speculator import DraftCounts, Speculator
 
 _NOTHING = Plan(entries=())
+_QUEUED = RequestState.WAITING, RequestState.PARKED
 
 
 class Scheduler:
@@ -25,9 +29,13 @@ class Scheduler:
 
     **Order.** Running requests that miss one token come first, then prefills, oldest first; then the waiting are
     admitted, first come, first served. A request is admitted only when blocks for all its known tokens and one more
-    are free, and takes them at once: a prefill never runs out midway, only decoding grows. Where it can't, the
-    youngest running request is preempted: it loses its blocks, goes to the head of the queue, and later computes anew
-    what others have taken of them. One added as `prefill_only` is never preempted: its K and V may be on their way.
+    are free, and those besides by which all are expected to grow. It takes them at once: a prefill never runs out
+    midway, only decoding grows. Where it can't, the youngest running request is preempted: it loses its blocks and
+    waits in the queue, where who came first stands first. One added as `prefill_only` never is: its K and V may be on
+    their way.
+
+    **Parking.** What a preempted request has computed is kept in host memory and copied back when it is admitted, where
+    there is room; else it is computed anew, as far as others have taken its blocks.
 
     **Prefixes.** Blocks that are full and computed, of prompt or output, can be found by later requests, also when no
     request holds them, until they are handed out anew. Who is admitted or reserved starts behind what it finds.
@@ -40,6 +48,7 @@ class Scheduler:
     | state    | holds                                  | until                                           |
     |----------|----------------------------------------|-------------------------------------------------|
     | WAITING  | nothing                                | `schedule` admits it                            |
+    | PARKED   | blocks of host memory                  | `schedule` admits it                            |
     | RUNNING  | blocks of its known tokens             | `update` ends it, or `schedule` preempts it     |
     | HELD     | blocks of its prompt and one token     | `join` (if reserved), `release` (if prefilled)  |
     | FINISHED | nothing; it is not in `requests` then  |                                                 |
@@ -59,7 +68,10 @@ class Scheduler:
         max_num_seqs: int,
         max_model_len: int,
         speculator: Speculator | None = None,
+        forecast: GrowthForecast | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
+        """Without a `forecast` nobody is expected to grow; without `num_host_blocks` nobody is parked."""
         if max_model_len > pool.num_blocks * pool.block_size:
             raise ConfigError("engine.max_model_len", max_model_len, f"must fit into {pool.num_blocks} KV blocks")
         self._pool = pool
@@ -67,6 +79,8 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
         self._speculator = speculator
+        self._parking = Parking(num_host_blocks, pool.block_size)
+        self._forecast = forecast
         self._requests: dict[str, Request] = {}  # in the order of their arrival
         self._waiting: deque[Request] = deque()
         self._prefilling: list[Request] = []  # those of the last step that had more than one token to compute
@@ -87,7 +101,11 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return self._num_in_state[RequestState.WAITING]
+
+    @property
+    def num_parked(self) -> int:
+        return self._num_in_state[RequestState.PARKED]
 
     @property
     def num_held(self) -> int:
@@ -96,12 +114,17 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         """Tokens that wait to be prefilled, after a preemption too."""
-        prefilling = (r for r in self._prefilling if r.state is RequestState.RUNNING and _num_missing(r) > 1)
-        return sum(_num_missing(request) for request in chain(self._waiting, prefilling))
+        prefilling = (r for r in self._prefilling if r.state is RequestState.RUNNING and r.num_missing_tokens > 1)
+        return sum(request.num_missing_tokens for request in chain(self._waiting, prefilling))
 
     @property
     def num_preemptions(self) -> int:
+        """Times that a request gave way: it was parked, or else had computed nothing, or lost it."""
         return self._num_preemptions
+
+    @property
+    def parking_counts(self) -> ParkingCounts:
+        return self._parking.counts
 
     @property
     def draft_counts(self) -> DraftCounts:
@@ -119,11 +142,14 @@ class Scheduler:
         """Hold room for a request whose prompt is prefilled elsewhere. False where there is none: nothing is held then.
 
         `request.num_cached_tokens` are there already: they need not be sent, and stay until the request ends. Those
-        that wait come first: room is what would be left if all of them had been admitted.
+        that wait come first: room is what would be left if all of them had been admitted. There is none while a step
+        is to empty blocks that were given up.
         """
         self._check_new(request)
+        if len(self._requests) >= self._max_num_seqs or self._plan.swaps_out:
+            return False
         num_blocks = sum(self._pool.num_blocks_for(r.num_tokens + 1) for r in self._waiting)
-        if len(self._requests) >= self._max_num_seqs or not self._pool.admit(request, num_spared=num_blocks):
+        if not self._pool.admit(request, num_spared=num_blocks + self._growth([*self._waiting, request])):
             return False
         self._enter(request)
         self._move(request, RequestState.HELD)
@@ -151,7 +177,7 @@ class Scheduler:
         for request in self._requests.values():
             if request.state is not RequestState.RUNNING:
                 continue  # so is who has just given way: it is younger than who needed room
-            if _num_missing(request) > 1:
+            if request.num_missing_tokens > 1:
                 self._prefilling.append(request)
             elif len(decoding) < budget and self._grow(request, preempted):
                 decoding.append(request)
@@ -159,10 +185,13 @@ class Scheduler:
         entries: list[PlanEntry] = []
         prefills = chain(tuple(self._prefilling), self._admit())
         while budget and (prefill := next(prefills, None)) is not None:
-            entries.append(self._prefill(prefill, min(budget, _num_missing(prefill))))
+            num_tokens = min(budget, prefill.num_missing_tokens)
+            entries.append(prefill_entry(prefill, num_tokens, self._pool.table(prefill.request_id)))
             budget -= entries[-1].num_tokens
-        entries[:0] = map(self._decode, decoding, self._drafts(decoding, budget))
-        self._plan = Plan(tuple(entries), tuple(preempted))
+        drafts = self._drafts(decoding, budget)
+        tables = [self._pool.table(request.request_id) for request in decoding]
+        entries[:0] = map(decode_entry, decoding, drafts, tables)
+        self._plan = Plan(tuple(entries), tuple(preempted), *self._parking.take_swaps())
         self._in_step = {entry.request_id: self._requests[entry.request_id] for entry in entries}
         return self._plan
 
@@ -172,6 +201,9 @@ class Scheduler:
         Those whose draw failed are released, and have no output.
         """
         outputs: list[StepOutput] = []
+        for swap in plan.swaps_in:
+            if request := self._in_step.get(swap.request_id):
+                self._pool.refilled(request)
         computed = self._end_step(plan)
         if self._speculator is not None:
             self._speculator.observe(computed, result)
@@ -191,6 +223,10 @@ class Scheduler:
         requests = [request for _, request in self._end_step(plan)]
         for request in requests:
             self.release(request.request_id)
+        for swap in plan.swaps_out:  # nobody knows what stands in host memory
+            victim = self._requests.get(swap.request_id)
+            if victim is not None and victim.state is RequestState.PARKED:
+                self._lose(victim)
         return requests
 
     def release(self, request_id: str) -> bool:
@@ -198,7 +234,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:
             return False
-        if request.state is RequestState.WAITING:
+        if request.state in _QUEUED:
             self._waiting.remove(request)
         self._finish(request)
         return True
@@ -207,18 +243,12 @@ class Scheduler:
         """`IntegrityError` where requests, queue, and blocks don't agree."""
         max_drafts = self._speculator.max_tokens if self._speculator is not None else 0
         for request_id, request in self._requests.items():
-            num_blocks, prefill_only = len(self._pool.table(request_id)), request_id in self._prefill_only
-            allowed = allowed_blocks(
-                request, self._pool.num_blocks_for, prefill_only=prefill_only, max_drafts=max_drafts
+            check_blocks(
+                request, self._pool.table(request_id), self._pool, request_id in self._prefill_only, max_drafts
             )
-            if request.request_id != request_id or num_blocks not in allowed:
-                raise IntegrityError(
-                    f"request {request_id}, {request.state.name}: {num_blocks} blocks for "
-                    f"{request.num_computed_tokens} computed of {request.num_tokens} tokens"
-                )
-        if sorted(map(id, self._waiting)) != sorted(map(id, self._in_state(RequestState.WAITING))):
-            raise IntegrityError("the queue does not hold each waiting request once")
-        for state in (RequestState.RUNNING, RequestState.HELD):
+        if list(map(id, self._waiting)) != list(map(id, self._in_state(*_QUEUED))):
+            raise IntegrityError("the queue does not hold each waiting request once, in the order of arrival")
+        for state in (RequestState.WAITING, RequestState.RUNNING, RequestState.HELD, RequestState.PARKED):
             if self._num_in_state[state] != len(self._in_state(state)):
                 raise IntegrityError(f"{self._num_in_state[state]} requests are counted as {state.value}")
         if self.num_running + self.num_held > self._max_num_seqs:
@@ -230,6 +260,7 @@ class Scheduler:
         if self._pool.num_retired_blocks and not self._plan:
             raise IntegrityError("blocks are retired between two steps")
         self._pool.check_integrity(self._requests.keys())
+        self._parking.check_integrity(self._in_state(RequestState.PARKED))
 
     def _enter(self, request: Request) -> None:
         self._requests[request.request_id] = request
@@ -241,8 +272,8 @@ class Scheduler:
         self._num_in_state[before] -= 1
         self._num_in_state[state] += 1
 
-    def _in_state(self, state: RequestState) -> list[Request]:
-        return [request for request in self._requests.values() if request.state is state]
+    def _in_state(self, *states: RequestState) -> list[Request]:
+        return [request for request in self._requests.values() if request.state in states]
 
     def _check_new(self, request: Request) -> None:
         if request.request_id in self._requests:
@@ -256,10 +287,12 @@ class Scheduler:
         """Waiting requests as they start to run, until blocks or sequences run out. Lazy: who isn't taken, waits on."""
         num_seqs = len(self._requests) - len(self._waiting)
         while self._waiting and num_seqs < self._max_num_seqs:
-            request = self._waiting[0]
-            if not self._pool.admit(request):
+            request, num_parked = self._waiting[0], self._waiting[0].num_computed_tokens
+            if not self._pool.admit(request, num_spared=self._growth([request])):
                 return
             self._waiting.popleft()
+            if request.state is RequestState.PARKED:
+                self._parking.bring_back(request, self._pool.table(request.request_id), num_parked)
             self._move(request, RequestState.RUNNING)
             self._prefilling.append(request)
             num_seqs += 1
@@ -269,7 +302,8 @@ class Scheduler:
         """Make room for the request's last token, at the cost of the youngest. False where it is preempted itself."""
         while not self._pool.allocate(request.request_id, request.num_tokens):
             victim = self._preempt_youngest()
-            preempted.append(victim.request_id)
+            if victim.state is RequestState.WAITING:
+                preempted.append(victim.request_id)
             if victim is request:
                 return False
         return True
@@ -280,12 +314,27 @@ class Scheduler:
             for request in reversed(self._requests.values())
             if request.state is RequestState.RUNNING and request.request_id not in self._prefill_only
         )
-        self._move(victim, RequestState.WAITING)
-        victim.num_computed_tokens = 0
-        self._waiting.appendleft(victim)
-        self._pool.free(victim.request_id)
         self._num_preemptions += 1
+        if self._parking.park(victim, self._pool.table(victim.request_id)):
+            self._move(victim, RequestState.PARKED)
+        else:
+            self._lose(victim)
+        self._pool.free(victim.request_id)
+        if self._speculator is not None:
+            self._speculator.forget(victim)
+        self._waiting = deque(self._in_state(*_QUEUED))
         return victim
+
+    def _lose(self, request: Request) -> None:
+        self._move(request, RequestState.WAITING)
+        self._parking.lose(request)
+
+    def _growth(self, coming: Sequence[Request]) -> int:
+        """Blocks by which all that run or will are expected to grow once these are in."""
+        there = chain(self._in_state(RequestState.RUNNING, RequestState.HELD), coming)
+        decoded = (r for r in there if r.request_id not in self._prefill_only)
+        held = ((request, len(self._pool.table(request.request_id))) for request in decoded)
+        return self._forecast.num_blocks(held) if self._forecast is not None else 0
 
     def _drafts(self, requests: Sequence[Request], budget: int) -> list[list[int]]:
         """Guesses for requests that decode, at most `budget` in all, and no more than blocks can be had for."""
@@ -301,40 +350,7 @@ class Scheduler:
         """All of these can be right, and the token after them is still one that the request may draw."""
         if request.request_id in self._prefill_only:
             return 0
-        num_left = min(
-            request.sampling.max_tokens - request.num_output_tokens, self._max_model_len - request.num_tokens
-        )
-        return num_left - 1
-
-    def _prefill(self, request: Request, num_tokens: int) -> PlanEntry:
-        """The next `num_tokens` tokens of the request. A token is drawn only where it has no others."""
-        start, known, sampling = request.num_computed_tokens, request.num_tokens, request.sampling
-        end = start + num_tokens
-        return PlanEntry(
-            request.request_id,
-            tuple(request.token_ids(start, end)),
-            start,
-            self._pool.table(request.request_id),
-            sampling if end == known else None,
-            known - request.num_prompt_tokens,
-            history=request.packed_token_ids() if end == known and sampling.looks_back else b"",
-            prompt_targets=request.prompt_targets(start, end),
-            num_prompt_top=sampling.prompt_logprobs or 0,
-        )
-
-    def _decode(self, request: Request, drafts: Sequence[int]) -> PlanEntry:
-        """The last token of the request, the only one to compute, and guesses of those after it."""
-        known, sampling = request.num_tokens, request.sampling
-        return PlanEntry(
-            request.request_id,
-            (request.last_token_id, *drafts),
-            known - 1,
-            self._pool.table(request.request_id),
-            sampling,
-            known - request.num_prompt_tokens,
-            len(drafts),
-            request.packed_token_ids() if sampling.looks_back else b"",
-        )
+        return num_allowed(request, self._max_model_len) - request.num_output_tokens - 1
 
     def _end_step(self, plan: Plan) -> list[tuple[PlanEntry, Request]]:
         """Nothing writes into blocks any more. Returns what was computed for requests that are still there."""
@@ -356,6 +372,8 @@ class Scheduler:
             num_taken += 1
         self._pool.computed(request, end + num_taken - 1)
         if finish_reason is not None:
+            if self._forecast is not None and request.request_id not in self._prefill_only:
+                self._forecast.observe(request)
             self._finish(request)
         elif request.request_id in self._prefill_only:
             self._move(request, RequestState.HELD)
@@ -363,6 +381,7 @@ class Scheduler:
 
     def _finish(self, request: Request) -> None:
         self._move(request, RequestState.FINISHED)
+        self._parking.drop(request.request_id)
         if self._speculator is not None:
             self._speculator.forget(request)
         del self._requests[request.request_id]
@@ -371,8 +390,3 @@ class Scheduler:
             self._pool.retire(request.request_id)
         else:
             self._pool.free(request.request_id)
-
-
-def _num_missing(request: Request) -> int:
-    """Known tokens whose K and V are not in the cache."""
-    return request.num_tokens - request.num_computed_tokens

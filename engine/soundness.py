@@ -1,20 +1,32 @@
-"""What a request may hold, given its state and how far it has come."""
+"""What a request may hold of the KV cache, given its state and how far it has come."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from core.errors import IntegrityError
 from core.request import Request, RequestState
+from engine.block_pool import BlockPool
 
 
-def allowed_blocks(request: Request, blocks_for: Callable[[int], int], *, prefill_only: bool, max_drafts: int) -> range:
-    """Numbers of blocks that the request may hold between two calls of the scheduler; none where it contradicts itself.
+def check_blocks(
+    request: Request, table: tuple[int, ...], pool: BlockPool, prefill_only: bool, max_drafts: int
+) -> None:
+    """`IntegrityError` where that is not a table that the request may hold between two calls of the scheduler."""
+    allowed = _allowed(request, pool, prefill_only, max_drafts)
+    if pool.table(request.request_id) is not table or len(table) not in allowed:
+        raise IntegrityError(
+            f"request {request.request_id}, {request.state.name}: {len(table)} blocks for "
+            f"{request.num_computed_tokens} computed of {request.num_tokens} tokens"
+        )
 
-    `blocks_for` says how many blocks hold so many tokens.
-    """
+
+def _allowed(request: Request, pool: BlockPool, prefill_only: bool, max_drafts: int) -> range:
+    """None where the request contradicts itself."""
+    blocks_for = pool.num_blocks_for
     computed, known, num_prompt = request.num_computed_tokens, request.num_tokens, len(request.prompt_token_ids)
     match request.state:
         case RequestState.WAITING if computed == 0:
+            return range(1)
+        case RequestState.PARKED if 0 < computed < known:
             return range(1)
         case RequestState.RUNNING if 0 <= computed < known - 1:
             return _only(blocks_for(known + 1))

@@ -98,6 +98,10 @@ def cluster_sample(info: ClusterInfo) -> ClusterSample:
                 num_drafts=worker.load.num_drafts,
                 num_draft_tokens=worker.load.num_draft_tokens,
                 num_accepted_tokens=worker.load.num_accepted_tokens,
+                num_parked=worker.load.num_parked,
+                parked_bytes=worker.load.parked_bytes,
+                num_parks=worker.load.num_parks,
+                num_recomputes=worker.load.num_recomputes,
             )
             for worker in info.workers
             if worker.connected

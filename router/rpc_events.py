@@ -122,6 +122,10 @@ def _load(load: pb.Load) -> Load:
         num_drafts=load.num_drafts,
         num_draft_tokens=load.num_draft_tokens,
         num_accepted_tokens=load.num_accepted_tokens,
+        num_parked=load.num_parked,
+        parked_bytes=load.parked_bytes,
+        num_parks=load.num_parks,
+        num_recomputes=load.num_recomputes,
     )
 
 

@@ -27,6 +27,10 @@ class WorkerSample:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_parked: int = 0
+    parked_bytes: int = 0
+    num_parks: int = 0
+    num_recomputes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +46,16 @@ _WORKER_GAUGES: Sequence[tuple[str, str, Callable[[WorkerSample], float]]] = (
     ("penstock_worker_running", "Requests in the batch", lambda w: w.num_running),
     ("penstock_worker_waiting", "Requests that wait on the worker", lambda w: w.num_waiting),
     ("penstock_worker_free_blocks", "KV blocks that nothing holds", lambda w: w.num_free_blocks),
+    ("penstock_worker_parked", "Requests whose KV is in host memory", lambda w: w.num_parked),
+    ("penstock_worker_parked_bytes", "Host memory that the KV of parked requests takes", lambda w: w.parked_bytes),
     ("penstock_worker_kv_usage", "Share of KV blocks in use, 0 to 1", lambda w: usage([w])),
 )
 
 
 _WORKER_COUNTERS: Sequence[tuple[str, str, Callable[[WorkerSample], int]]] = (
     ("num_preemptions", "Requests sent back to wait for blocks", lambda w: w.num_preemptions),
+    ("num_parks", "Those of them whose KV was kept in host memory", lambda w: w.num_parks),
+    ("num_recomputes", "Those of them whose KV was lost, and computed anew", lambda w: w.num_recomputes),
     ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", lambda w: w.num_prefix_queries),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda w: w.num_prefix_hits),
     ("spec_decode_num_drafts", "Times that next tokens were guessed", lambda w: w.num_drafts),
@@ -68,6 +76,8 @@ class ClusterCollector(Collector):
         sample = self._sample()
         yield self._gauge("vllm:num_requests_running", "Requests that workers have", sample.num_running)
         yield self._gauge("vllm:num_requests_waiting", "Requests in the router's queue", sample.num_waiting)
+        num_swapped = sum(worker.num_parked for worker in sample.workers)
+        yield self._gauge("vllm:num_requests_swapped", "Requests whose KV is in host memory", num_swapped)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage(sample.workers))
         for name, text, count in _WORKER_COUNTERS:
             yield self._total(name, text, count, sample.workers)

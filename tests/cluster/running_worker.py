@@ -80,13 +80,17 @@ def work(
 
 
 class Steps(Runner):
-    """The engine's runner behind a gate; `failures` are raised instead of the next steps."""
+    """The engine's runner behind a gate, which closes before a step that `stop_at` names.
+
+    `failures` are raised instead of the next steps.
+    """
 
     def __init__(self, inner: Runner) -> None:
         self._inner, self.mask_wait_s = inner, 0.0
         self._open = threading.Event()
         self._open.set()
         self.begun: queue.Queue[Plan] = queue.Queue()
+        self.stop_at: Callable[[Plan], bool] = lambda plan: False
         self.failures: list[Exception] = []
 
     def prepare(self, sampling: SamplingParams) -> None:
@@ -102,6 +106,9 @@ class Steps(Runner):
         self._open.set()
 
     def run(self, plan: Plan, on_layer: Callable[[int], None] | None = None) -> StepResult:
+        if self.stop_at(plan):
+            self.stop_at = lambda plan: False
+            self.pause()
         if not self._open.is_set():
             self.begun.put(plan)
             assert self._open.wait(WAIT_S)

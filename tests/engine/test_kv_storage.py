@@ -8,7 +8,7 @@ import torch
 
 from core.errors import ConfigError, IntegrityError
 from core.kv_layout import KVLayout
-from engine.kv_storage import KVStorage
+from engine.kv_storage import HostKV, KVStorage
 from kernels.paged_kv import PagedKV, PagedLatent, token_views
 
 LAYOUT = KVLayout("m", "f", num_layers=2, num_kv_heads=3, head_size=4, block_size=5, dtype="float32")
@@ -163,3 +163,21 @@ def test_a_latent_cache_holds_one_vector_a_token(device: torch.device) -> None:
 def test_a_latent_cache_of_int8_is_refused(device: torch.device) -> None:
     with pytest.raises(ConfigError, match="use bfloat16"):
         KVStorage(KVLayout("m", "f", 2, 1, 10, 4, "int8", kind="latent"), 3, device)
+
+
+def test_what_is_taken_out_comes_back_bit_for_bit_in_other_blocks(layout: KVLayout, device: torch.device) -> None:
+    storage = KVStorage(layout, 9, device)
+    host = HostKV(storage, 6)
+    for layer in range(layout.num_layers):
+        storage.write(layer, range(9), 0, 9 * layout.block_size, payload(layout, 9 * layout.block_size, device))
+    before = whole(storage)
+    host.take_out((7, 0, 3), (1, 2, 5))
+    host.take_out((4, 8), (0, 3))
+    for layer in range(layout.num_layers):  # others write there
+        storage.write(layer, range(9), 0, 9 * layout.block_size, payload(layout, 9 * layout.block_size, device))
+    changed = whole(storage)
+    host.put_back((2, 6, 0), (2, 3, 5))
+    after = whole(storage)
+    assert torch.equal(after[:, [2, 6, 0]], before[:, [0, 8, 3]])
+    others = [1, 3, 4, 5, 7, 8]
+    assert torch.equal(after[:, others], changed[:, others])

@@ -7,6 +7,7 @@ wrong token. Prompts are made of few pieces, so that many begin alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -26,6 +27,7 @@ from hypothesis.stateful import (
 from core.request import Request, RequestState
 from core.sampling import SamplingParams
 from engine.block_pool import BlockPool
+from engine.growth import GrowthForecast
 from engine.plan import Drawn, Plan, PlanEntry, StepOutput, StepResult
 from engine.prefix_index import PrefixIndex
 from engine.scheduler import Scheduler
@@ -61,8 +63,24 @@ class PagedMemory:
     def read(self, block_ids: tuple[int, ...], end: int) -> list[int]:
         return [self._tokens[block_ids[p // self._block_size], p % self._block_size] for p in range(end)]
 
+    def block(self, block: int) -> dict[int, int]:
+        offsets = range(self._block_size)
+        return {offset: self._tokens[block, offset] for offset in offsets if (block, offset) in self._tokens}
 
-def compute(plan: Plan, memory: PagedMemory) -> StepResult:
+    def write_block(self, block: int, tokens: dict[int, int]) -> None:
+        for offset in range(self._block_size):
+            self._tokens.pop((block, offset), None)
+        self._tokens.update({(block, offset): token for offset, token in tokens.items()})
+
+
+def compute(plan: Plan, memory: PagedMemory, host: dict[int, dict[int, int]]) -> StepResult:
+    """`host` is host memory: what stands in its blocks."""
+    for swap in plan.swaps_out:
+        for block, host_block in zip(swap.block_ids, swap.host_block_ids, strict=True):
+            host[host_block] = memory.block(block)
+    for swap in plan.swaps_in:
+        for block, host_block in zip(swap.block_ids, swap.host_block_ids, strict=True):
+            memory.write_block(block, host[host_block])
     for entry in plan.entries:
         memory.write(entry.block_ids, entry.start, list(entry.token_ids))
     return StepResult({e.request_id: draw(e, memory) for e in plan.entries if e.sampling is not None})
@@ -116,14 +134,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(2, 5),
         caching=st.sampled_from([True, True, False]),
         max_drafts=st.sampled_from([0, 1, 3]),
+        num_host_blocks=st.sampled_from([0, 2, 5, 20]),
+        forecasting=st.booleans(),
     )
-    def start(self, num_blocks: int, block_size: int, caching: bool, max_drafts: int, **limits: Any) -> None:
+    def start(
+        self,
+        num_blocks: int,
+        block_size: int,
+        caching: bool,
+        max_drafts: int,
+        num_host_blocks: int,
+        forecasting: bool,
+        **limits: Any,
+    ) -> None:
         self.max_model_len = num_blocks * block_size
         self.pool = BlockPool(num_blocks, block_size, PrefixIndex("m", block_size) if caching else None)
         self.guesser = Guesser()
         speculator = Speculator(self.guesser, max_drafts) if max_drafts else None
-        self.scheduler = Scheduler(self.pool, max_model_len=self.max_model_len, speculator=speculator, **limits)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_model_len=self.max_model_len,
+            speculator=speculator,
+            forecast=GrowthForecast(block_size, self.max_model_len) if forecasting else None,
+            num_host_blocks=num_host_blocks,
+            **limits,
+        )
         self.memory = PagedMemory(block_size)
+        self.host: dict[int, dict[int, int]] = {}
+        self.num_host_blocks = num_host_blocks
+        self.parked: dict[str, int] = {}  # computed positions, as the plans tell them
         self.limits = limits
         self.progress: dict[str, int] = {}  # computed positions, as the plans tell them
         self.reserved: set[str] = set()
@@ -190,14 +229,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self) -> None:
         plan = self.scheduler.schedule()
         assert plan.num_tokens <= self.limits["max_num_batched_tokens"]
-        assert not self.prefill_only.intersection(plan.preempted)
-        self.progress |= dict.fromkeys(plan.preempted, 0)
-        self.admitted.difference_update(plan.preempted)
+        swapped_out = [swap.request_id for swap in plan.swaps_out]
+        assert not self.prefill_only.intersection([*plan.preempted, *swapped_out])
+        self.parked |= {name: self.progress[name] for name in swapped_out}
+        self.progress |= dict.fromkeys([*plan.preempted, *swapped_out], 0)
+        self.admitted.difference_update(plan.preempted, swapped_out)
+        self.check_swaps(plan)
         for entry in plan.entries:
             request = self.scheduler.requests[entry.request_id]
             if entry.request_id not in self.admitted:
                 self.admitted.add(entry.request_id)
-                self.check_prefix(request, entry.block_ids)
+                num_parked = self.parked.pop(entry.request_id, 0)
+                assert request.num_computed_tokens >= num_parked
+                if request.num_computed_tokens > num_parked:
+                    self.check_prefix(request, entry.block_ids)
                 self.progress[entry.request_id] = request.num_computed_tokens
             assert entry.start == self.progress[entry.request_id]
             end = entry.end - entry.num_drafts
@@ -207,6 +252,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert entry.end <= len(entry.block_ids) * self.pool.block_size
         self.in_step = {entry.request_id: self.scheduler.requests[entry.request_id] for entry in plan.entries}
         self.plan = plan if plan else None
+
+    def check_swaps(self, plan: Plan) -> None:
+        """Who is parked keeps all it has computed, and who comes back gets the end of that."""
+        for swap in plan.swaps_out:
+            num_blocks = self.pool.num_blocks_for(self.parked[swap.request_id])
+            assert len(swap.block_ids) == len(swap.host_block_ids) == num_blocks
+        for swap in plan.swaps_in:
+            end = self.pool.num_blocks_for(self.parked[swap.request_id])
+            assert swap.block_ids == self.pool.table(swap.request_id)[end - len(swap.block_ids) : end] != ()
+            assert not {block for block, count in self.holders().items() if count > 1} & set(swap.block_ids)
+        assert {swap.request_id for swap in plan.swaps_in} <= {entry.request_id for entry in plan.entries}
+
+    def holders(self) -> Counter[int]:
+        return Counter(block for name in self.scheduler.requests for block in self.pool.table(name))
 
     def check_prefix(self, request: Request, table: tuple[int, ...]) -> None:
         """What a request finds is what it would have computed, and never all of it."""
@@ -222,11 +281,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The memory is written at the very end of the step: after all that was released and joined meanwhile."""
         assert self.plan is not None
         plan, self.plan = self.plan, None
-        result = compute(plan, self.memory)
-        if fails:
+        if fails:  # before anything was copied
             for request in self.scheduler.abandon(plan):
                 self.forget(request.request_id)
+            for swap in plan.swaps_out:
+                self.parked.pop(swap.request_id, None)
             return
+        result = compute(plan, self.memory, self.host)
         for entry in plan.entries:
             if self.scheduler.requests.get(entry.request_id) is self.in_step[entry.request_id]:
                 self.progress[entry.request_id] = entry.end - entry.num_drafts
@@ -256,6 +317,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def forget(self, name: str) -> None:
         del self.progress[name]
+        self.parked.pop(name, None)
         self.admitted.discard(name)
         self.reserved.discard(name)
         self.prefill_only.discard(name)
@@ -266,7 +328,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.requests.keys() == self.progress.keys()
         requests = self.scheduler.requests.values()
         assert self.guesser.known <= set(requests)
-        held = {block for request in requests for block in self.pool.table(request.request_id)}
+        held = self.holders()
+        assert self.parked.keys() == {r.request_id for r in requests if r.state is RequestState.PARKED}
+        assert self.scheduler.parking_counts.num_held_blocks == sum(map(self.pool.num_blocks_for, self.parked.values()))
+        assert self.scheduler.parking_counts.num_held_blocks <= self.num_host_blocks
         assert self.pool.num_free_blocks + self.pool.num_retired_blocks + len(held) == self.pool.num_blocks
 
     @invariant()
@@ -298,6 +363,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.is_sound()
         assert not self.scheduler.requests
         assert self.pool.num_free_blocks == self.pool.num_blocks
+        assert self.scheduler.parking_counts.num_held_blocks == 0
 
     def num_settled(self) -> int:
         """Join what is reserved, release what is prefilled; returns how many."""
@@ -316,6 +382,39 @@ def test_no_order_of_calls_breaks_the_scheduler() -> None:
     run_state_machine_as_test(SchedulerMachine, settings=steps)
 
 
+class CrowdedMachine(SchedulerMachine):
+    """All want more than there is: many are parked."""
+
+    @initialize(
+        num_blocks=st.integers(4, 8),
+        block_size=st.integers(1, 3),
+        max_num_batched_tokens=st.just(8),
+        max_num_seqs=st.just(5),
+        caching=st.booleans(),
+        max_drafts=st.sampled_from([0, 2]),
+        num_host_blocks=st.sampled_from([2, 5, 20]),
+        forecasting=st.just(False),
+    )
+    def start(self, **options: Any) -> None:
+        super().start(**options)
+
+    def new_request(self, data: st.DataObject) -> Request:
+        request = super().new_request(data)
+        return Request(request.request_id, request.prompt_token_ids[:3], SamplingParams(max_tokens=40))
+
+    @rule(data=st.data())
+    def crowd(self, data: st.DataObject) -> None:
+        for _ in range(3):
+            self.reserve(data)
+        for name in sorted(self.reserved):
+            self.arrive(name)
+
+
+def test_no_order_of_calls_breaks_a_crowded_scheduler() -> None:
+    steps = settings(max_examples=60, stateful_step_count=60, deadline=None)
+    run_state_machine_as_test(CrowdedMachine, settings=steps)
+
+
 prompts = st.lists(st.lists(st.integers(1, VOCAB_SIZE - 1), min_size=1, max_size=12), min_size=1, max_size=8)
 
 
@@ -324,15 +423,21 @@ prompts = st.lists(st.lists(st.integers(1, VOCAB_SIZE - 1), min_size=1, max_size
 def test_equal_calls_give_equal_plans(prompts: list[list[int]], num_blocks: int, max_num_batched_tokens: int) -> None:
     def plans() -> list[Plan]:
         pool, memory = BlockPool(num_blocks, 4, PrefixIndex("m", 4)), PagedMemory(block_size=4)
+        host: dict[int, dict[int, int]] = {}
         scheduler = Scheduler(
-            pool, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=4, max_model_len=num_blocks * 4
+            pool,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=4,
+            max_model_len=num_blocks * 4,
+            forecast=GrowthForecast(4, num_blocks * 4),
+            num_host_blocks=num_blocks,
         )
         for number, prompt in enumerate(prompts):
             scheduler.add(Request(str(number), prompt, SamplingParams(max_tokens=8)))
         made = []
         while plan := scheduler.schedule():
             made.append(plan)
-            scheduler.update(plan, compute(plan, memory))
+            scheduler.update(plan, compute(plan, memory, host))
         assert not scheduler.requests
         return made
 

@@ -7,7 +7,16 @@ from telemetry.cluster import ClusterSample, WorkerSample
 
 
 def worker(worker_id: str, *, connected: bool) -> WorkerInfo:
-    load = Load(num_running=1, num_waiting=2, num_free_blocks=3, num_preemptions=4)
+    load = Load(
+        num_running=1,
+        num_waiting=2,
+        num_free_blocks=3,
+        num_preemptions=4,
+        num_parked=5,
+        parked_bytes=6,
+        num_parks=7,
+        num_recomputes=8,
+    )
     return WorkerInfo(worker_id, f"{worker_id}-1", WorkerRole.DECODE, "h:1", connected, False, load, 5, 8, 0, "cpu")
 
 
@@ -25,6 +34,10 @@ def test_gauges_show_connected_workers_only() -> None:
                 num_blocks=5,
                 num_free_blocks=3,
                 num_preemptions=4,
+                num_parked=5,
+                parked_bytes=6,
+                num_parks=7,
+                num_recomputes=8,
             ),
         ),
     )

@@ -26,7 +26,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def worker(name: str, incarnation: str = "i", free: int = 10) -> WorkerSample:
-    return WorkerSample(name, incarnation, 2, 3, num_blocks=10, num_free_blocks=free)
+    return WorkerSample(name, incarnation, 2, 3, num_blocks=10, num_free_blocks=free, num_parked=1, parked_bytes=64)
 
 
 def counted(name: str, incarnation: str, field: str, count: int) -> WorkerSample:
@@ -102,6 +102,8 @@ def test_worker_gauges_are_read_at_the_scrape_and_leave_nothing_behind() -> None
     assert first["penstock_worker_kv_usage", d] == 0.5
     assert first["penstock_worker_free_blocks", p] == 10
     assert (first["penstock_worker_running", d], first["penstock_worker_waiting", d]) == (2, 3)
+    assert (first["penstock_worker_parked", d], first["penstock_worker_parked_bytes", d]) == (1, 64)
+    assert first["vllm:num_requests_swapped", frozenset(MODEL.items())] == 2
     assert first["vllm:kv_cache_usage_perc", frozenset(MODEL.items())] == 0.25
     assert first["vllm:num_requests_running", frozenset(MODEL.items())] == 4
     assert first["vllm:num_requests_waiting", frozenset(MODEL.items())] == 5
@@ -111,6 +113,8 @@ def test_worker_gauges_are_read_at_the_scrape_and_leave_nothing_behind() -> None
 
 COUNTED = [
     ("num_preemptions",) * 2,
+    ("num_parks",) * 2,
+    ("num_recomputes",) * 2,
     ("prefix_cache_queries", "num_prefix_queries"),
     ("prefix_cache_hits", "num_prefix_hits"),
     ("spec_decode_num_drafts", "num_drafts"),

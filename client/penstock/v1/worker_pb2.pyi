@@ -259,6 +259,10 @@ class Load(google.protobuf.message.Message):
     NUM_DRAFTS_FIELD_NUMBER: builtins.int
     NUM_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_PARKED_FIELD_NUMBER: builtins.int
+    PARKED_BYTES_FIELD_NUMBER: builtins.int
+    NUM_PARKS_FIELD_NUMBER: builtins.int
+    NUM_RECOMPUTES_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_held: builtins.int
@@ -279,6 +283,14 @@ class Load(google.protobuf.message.Message):
     num_draft_tokens: builtins.int
     num_accepted_tokens: builtins.int
     """guesses that were right"""
+    num_parked: builtins.int
+    """requests whose K and V are in host memory, for others needed their blocks"""
+    parked_bytes: builtins.int
+    """host memory that they hold"""
+    num_parks: builtins.int
+    """times that K and V were put there"""
+    num_recomputes: builtins.int
+    """times that there was no room, and they were lost"""
     def __init__(
         self,
         *,
@@ -295,8 +307,12 @@ class Load(google.protobuf.message.Message):
         num_drafts: builtins.int = ...,
         num_draft_tokens: builtins.int = ...,
         num_accepted_tokens: builtins.int = ...,
+        num_parked: builtins.int = ...,
+        parked_bytes: builtins.int = ...,
+        num_parks: builtins.int = ...,
+        num_recomputes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "mask_wait_s", b"mask_wait_s", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "num_drafts", b"num_drafts", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_prefix_hits", b"num_prefix_hits", "num_prefix_queries", b"num_prefix_queries", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "mask_wait_s", b"mask_wait_s", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "num_drafts", b"num_drafts", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_parked", b"num_parked", "num_parks", b"num_parks", "num_preemptions", b"num_preemptions", "num_prefix_hits", b"num_prefix_hits", "num_prefix_queries", b"num_prefix_queries", "num_recomputes", b"num_recomputes", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "parked_bytes", b"parked_bytes"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
 
