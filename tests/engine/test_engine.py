@@ -119,7 +119,7 @@ def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_sampled_tokens_do_not_depend_on_company(folder: Path, config: EngineConfig) -> None:
     """Alone, in a batch, in chunks, and preempted: seed and position fix the draw."""
     kinds: list[dict[str, Any]] = [{"temperature": 0.8}, {"top_k": 10}, {"top_p": 0.8}, {"temperature": 0}]
-    params = [SamplingParams(max_tokens=10, seed=i, **kinds[i % 4]) for i in range(16)]
+    params = [SamplingParams(max_tokens=20, seed=i, **kinds[i % 4]) for i in range(16)]
 
     def requests() -> list[Request]:
         return [request(str(i), 5 + 4 * i, p) for i, p in enumerate(params)]
