@@ -26,6 +26,7 @@ from router.inference_service import SERVICE, InferenceService, add_to_server
 from router.observer import MetricsObserver, Observers, cluster_sample
 from router.openai_http import MAX_BODY_BYTES, OpenAIApi
 from router.openai_tools import ToolCalling
+from router.policies.fleet import Fleet
 from router.registry_service import RegistryService
 from router.rpc_traces import SERVICE as TRACES
 from router.rpc_traces import TraceService
@@ -71,13 +72,21 @@ class RouterApp:
         self._clock, self._wall_clock, self._draw_bits = clock, wall_clock, draw_bits
         self._version = installed_version("penstock-server")
         self.metrics = Metrics(model.name)
-        self.workers = Workers(config.sessions, router_id=router_id, clock=clock, fingerprint=model.fingerprint or None)
+        self.workers = Workers(
+            config.sessions,
+            router_id=router_id,
+            clock=clock,
+            fingerprint=model.fingerprint or None,
+            fleet=Fleet(config.placement.max_cached_blocks),
+        )
         self._health = Health(lambda: self.dispatcher.can_serve, [SERVICE])
         name_of = self.workers.name_of
         recorder = TraceRecorder(config.max_request_traces, clock=clock, wall_clock=wall_clock, name_of=name_of)
         self._traces = TraceService(recorder, clock)
         observer = Observers(MetricsObserver(self.metrics, self._health.on_change, name_of), recorder)
-        self.dispatcher = Dispatcher(config.dispatch, workers=self.workers, clock=clock, observer=observer)
+        self.dispatcher = Dispatcher(
+            config.dispatch, workers=self.workers, clock=clock, observer=observer, placement=config.placement
+        )
         self.metrics.watch_cluster(lambda: cluster_sample(self.dispatcher.info()))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._validator = Validator(model, tokenizer, draw_bits, config.kv_wire_dtype)

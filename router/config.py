@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from core.errors import ConfigError
 from core.kv_layout import WireDtype
+from router.policies import POLICIES
+from router.policies.model import Tuning
 from text.tools.formats import FormatName
 
 
@@ -82,6 +85,63 @@ class DispatchConfig:
             )
 
 
+PolicyName = Literal[
+    "round_robin",
+    "least_loaded",
+    "power_of_two",
+    "prefix_aware",
+    "cache_aware",
+    "slo_aware",
+    "cost_aware",
+    "mixed_pool",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementConfig:
+    """How workers are chosen."""
+
+    policy: PolicyName = "least_loaded"
+    """round_robin; least_loaded: done first, as predicted; power_of_two: the better of two drawn; prefix_aware (also
+    cache_aware): weighs cached prefixes against queues; slo_aware: the fullest that meets the targets; cost_aware: the
+    cheapest that is fast enough; mixed_pool: mixed workers only for what dedicated ones can't take in time."""
+    slo_ttft_s: float | None = None
+    """Target for the time to the first token, in seconds."""
+    slo_itl_s: float | None = None
+    """Target for the gap between two tokens, in seconds."""
+    slo_margin: float = 0.8
+    """Share of a target that a prediction may use up (slo_aware, cost_aware)."""
+    overflow_s: float = 0.5
+    """Predicted wait above which others help out, in seconds (mixed_pool: mixed workers; cost_aware: dearer ones)."""
+    device_prices: dict[str, float] = field(default_factory=dict)
+    """Price of an hour of a worker by its device, as `penstock status` names it, else 1 (cost_aware)."""
+    max_cached_blocks: int = 1_000_000
+    """Blocks in the caches of workers that the router remembers, up to 350 bytes each."""
+
+    def __post_init__(self) -> None:
+        path = "router.placement"
+        if self.policy not in POLICIES:
+            raise ConfigError(f"{path}.policy", self.policy, f"must be one of {', '.join(POLICIES)}")
+        for name in ("slo_ttft_s", "slo_itl_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{path}.{name}", value, "must be > 0 seconds, or left out")
+        if not 0 < self.slo_margin <= 1:
+            raise ConfigError(f"{path}.slo_margin", self.slo_margin, "must be in (0, 1]")
+        if not self.overflow_s >= 0:
+            raise ConfigError(f"{path}.overflow_s", self.overflow_s, "must be >= 0 seconds")
+        for device, price in self.device_prices.items():
+            if not (price >= 0 and math.isfinite(price)):
+                raise ConfigError(f"{path}.device_prices.{device}", price, "must be a finite number >= 0")
+        if self.max_cached_blocks < 1:
+            raise ConfigError(f"{path}.max_cached_blocks", self.max_cached_blocks, "must be >= 1")
+
+    @property
+    def tuning(self) -> Tuning:
+        """What the policies are told."""
+        return Tuning(self.overflow_s, self.slo_margin, self.device_prices)
+
+
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
     """Where the router listens, and its limits. Port 0 takes a free one."""
@@ -100,6 +160,7 @@ class RouterConfig:
     """How the model writes calls of tools; auto reads it off the chat template."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose pages may call the HTTP API from a browser, such as https://chat.example.com; "*" is any."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     sessions: SessionConfig = field(default_factory=SessionConfig)
 

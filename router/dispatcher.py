@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import uuid
-from dataclasses import replace
 from itertools import count
 
 from core.clock import Clock
@@ -20,11 +20,14 @@ from core.events import LifecycleEvent
 from core.messages import Event
 from core.request import FinishReason, Request, RequestState
 from router.admission import RetryAdvice, WaitingQueue
-from router.config import DispatchConfig
+from router.config import DispatchConfig, PlacementConfig
 from router.flow import AttemptFlow, Outcome, Refusal, TooSlow
 from router.info import ClusterInfo
+from router.learning import Learner
 from router.ledger import Counts, Entry, Failure, Ledger, Observer, Silent
-from router.policy import ClusterView, Need, Placement, WorkerView, fitting_routes, place
+from router.policies import make_policy
+from router.policies.model import Need, Placement
+from router.policies.search import can_ever, place, wish
 from router.stream import RequestStream
 from router.workers import Workers
 
@@ -37,9 +40,20 @@ class Dispatcher:
     """
 
     def __init__(
-        self, config: DispatchConfig, *, workers: Workers, clock: Clock, observer: Observer | None = None
+        self,
+        config: DispatchConfig,
+        *,
+        workers: Workers,
+        clock: Clock,
+        observer: Observer | None = None,
+        placement: PlacementConfig | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         self._config = config
+        self._placement = placement or PlacementConfig()
+        self._policy = make_policy(self._placement.policy, self._placement.tuning)
+        self._rng = rng or random.Random()
+        self._fleet = workers.fleet
         self._workers = workers
         self._clock = clock
         self._observer = observer or Silent()
@@ -49,9 +63,15 @@ class Dispatcher:
         self._ledger = Ledger(self._observer)
         self.counts = Counts()
         self._flow = AttemptFlow(
-            config, workers=workers, ledger=self._ledger, counts=self.counts, clock=clock, on_outcome=self._on_outcome
+            config,
+            workers=workers,
+            ledger=self._ledger,
+            counts=self.counts,
+            learner=Learner(workers.fleet),
+            clock=clock,
+            on_outcome=self._on_outcome,
         )
-        self._cluster: tuple[object, ...] = ()
+        self._cluster = -1  # version of the fleet that the queue knows
         self._wake_up: asyncio.Handle | None = None
         workers.subscribe(self)
 
@@ -95,7 +115,7 @@ class Dispatcher:
 
     @property
     def can_serve(self) -> bool:
-        return bool(self._workers.routes())
+        return self._workers.has_route
 
     @property
     def max_model_len(self) -> int | None:
@@ -155,15 +175,15 @@ class Dispatcher:
         if self._wake_up:
             self._wake_up.cancel()
             self._wake_up = None
-        view = self._view()
-        self._notice_cluster(view)
+        self._book()
+        self._notice_cluster()
         for entry in self._queue:
-            decision = place(self._need(entry), view)
+            decision = place(self._policy, self._need(entry), self._fleet, self._rng)
             if isinstance(decision, Placement):
                 self._start(entry, decision)
-                view = self._view()
+                self._book()
                 continue
-            self._wish(entry, view)
+            self._wish(entry)
             if decision.possible:
                 return
             if entry.unavailable_timer is None:
@@ -171,13 +191,13 @@ class Dispatcher:
                 loop = asyncio.get_running_loop()
                 entry.unavailable_timer = loop.call_later(patience_s, self._give_up, entry)
 
-    def _wish(self, entry: Entry, view: ClusterView) -> None:
+    def _wish(self, entry: Entry) -> None:
         """A pair without a channel that has room for the request is connected, for this one or the next."""
-        if not (idle := self._workers.idle_routes()):
+        if not self._workers.any_idle_pair:
             return
-        decision = place(self._need(entry), replace(view, routes=idle))
-        if isinstance(decision, Placement):
-            self._workers.want(decision.route, self._ledger.pairs_in_use())
+        route = wish(self._need(entry), self._fleet, self._workers.is_idle)
+        if route is not None:
+            self._workers.want(route, self._ledger.pairs_in_use())
 
     def _start(self, entry: Entry, placement: Placement) -> None:
         self._queue.remove(entry)
@@ -189,41 +209,44 @@ class Dispatcher:
         entry.request.advance(RequestState.RUNNING)
         self._ledger.note(entry, LifecycleEvent.PLACED, now_s)
         self._workers.touch(placement.route)
-        self._flow.start(entry, placement.route)
+        self._flow.start(entry, placement)
 
     def _need(self, entry: Entry) -> Need:
-        request = entry.request
+        request, config = entry.request, self._placement
+        refused_by = NOBODY
+        if entry.refusals:
+            refused_by = frozenset(w for w, load in entry.refusals.items() if self._workers.load(w) == load)
+        ttft_s = None
+        if config.slo_ttft_s is not None and entry.stats.ttft_s is None:
+            ttft_s = max(0.0, config.slo_ttft_s - (self._clock() - entry.arrived_s))
         return Need(
             num_tokens=request.num_tokens,
             max_total_tokens=request.num_prompt_tokens + request.sampling.max_tokens,
-            avoid=frozenset(entry.avoid),
-            refused_by=frozenset(w for w, load in entry.refusals.items() if self._workers.load(w) == load),
+            avoid=frozenset(entry.avoid) if entry.avoid else NOBODY,
+            refused_by=refused_by,
+            hashes=entry.hashes.of(request, self._fleet.cache_kinds) if len(self._fleet.caches) else {},
+            ttft_s=ttft_s,
+            itl_s=config.slo_itl_s,
         )
 
-    def _view(self) -> ClusterView:
-        views = {}
-        for hello, worker in self._workers.connected():
-            usage, load = self._ledger.usage(hello.incarnation), worker.load
-            views[hello.incarnation] = WorkerView(
-                incarnation=hello.incarnation,
-                role=hello.role,
-                block_size=hello.layout.block_size,
-                max_model_len=hello.max_model_len,
-                num_free_credits=hello.credits - usage.num_credits,
-                num_free_blocks=load.num_free_blocks - usage.pending_blocks,
-                num_active=max(load.num_running + load.num_waiting + load.num_held, usage.num_credits),
-                num_waiting_tokens=max(load.num_waiting_tokens, usage.pending_tokens),
+    def _book(self) -> None:
+        """The fleet learns what is asked of workers."""
+        for incarnation in self._ledger.take_touched():
+            usage = self._ledger.usage(incarnation)
+            self._fleet.book(
+                incarnation,
+                used_credits=usage.num_credits,
+                pending_tokens=usage.pending_tokens,
+                pending_blocks=usage.pending_blocks,
             )
-        return ClusterView(views, self._workers.routes())
 
-    def _notice_cluster(self, view: ClusterView) -> None:
+    def _notice_cluster(self) -> None:
         """Those who waited for any worker at all, and now may have one, wait without limit again."""
-        cluster = (frozenset(view.workers), view.routes)
-        if cluster == self._cluster:
+        if self._fleet.version == self._cluster:
             return
-        self._cluster = cluster
+        self._cluster = self._fleet.version
         for entry in self._queue:
-            if entry.unavailable_timer and fitting_routes(self._need(entry), view):
+            if entry.unavailable_timer and can_ever(self._need(entry), self._fleet):
                 entry.unavailable_timer.cancel()
                 entry.unavailable_timer = None
         self._observer.on_cluster_change()
@@ -303,6 +326,7 @@ class Dispatcher:
         entry.request.finish_reason = finish_reason
         entry.stats.e2e_s = now_s - entry.arrived_s
         if error is None:
+            self._flow.learner.on_answer(entry.request.num_output_tokens)
             self._ledger.note(entry, LifecycleEvent.FINISHED, now_s)
             entry.stream.push((), finish_reason)
         else:
@@ -312,6 +336,9 @@ class Dispatcher:
         self._ledger.end(entry)
         self._advice.on_end(now_s)
         self.on_change()
+
+
+NOBODY: frozenset[str] = frozenset()
 
 
 def failed_on(entry: Entry) -> str:

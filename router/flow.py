@@ -44,10 +44,12 @@ from core.messages import (
 from core.request import FinishReason
 from core.ticket import Ticket
 from router.config import DispatchConfig
+from router.learning import Learner
 from router.ledger import Attempt, Counts, Entry, Failure, Hold, Ledger, Stage
 from router.outbox import in_parts
 from router.pairs import TRANSFER_FAULTS
-from router.policy import Route, num_blocks_for
+from router.policies.model import Placement
+from router.policies.search import num_blocks_for
 from router.workers import Workers
 
 
@@ -91,6 +93,7 @@ class AttemptFlow:
         workers: Workers,
         ledger: Ledger,
         counts: Counts,
+        learner: Learner,
         clock: Clock,
         on_outcome: Callable[[Entry, Outcome], None],
     ) -> None:
@@ -98,14 +101,16 @@ class AttemptFlow:
         self._workers = workers
         self._ledger = ledger
         self._counts = counts
+        self.learner = learner
         self._clock = clock
         self._on_outcome = on_outcome
 
     # ---- begin and end
 
-    def start(self, entry: Entry, route: Route) -> None:
+    def start(self, entry: Entry, placement: Placement) -> None:
         """Begin the next attempt. Both workers must be connected."""
         entry.num_attempts += 1
+        route, forecast = placement.route, placement.forecast
         request = entry.request
         ticket = Ticket(
             request_id=request.request_id,
@@ -121,7 +126,11 @@ class AttemptFlow:
         if request.output_token_ids:
             sampling = replace(sampling, prompt_logprobs=None)  # told with the first token
         work = Work(token_ids, request.num_prompt_tokens, sampling, cache_salt=request.cache_salt)
-        entry.attempt = Attempt(ticket, work, Stage.PREFILLING if route.local else Stage.RESERVING, self._clock())
+        stage = Stage.PREFILLING if route.local else Stage.RESERVING
+        entry.attempt = attempt = Attempt(ticket, work, stage, self._clock())
+        ahead = self.learner.num_tokens_ahead(route.prefill)
+        attempt.num_to_read = ahead + len(token_ids) - forecast.num_cached_prefill
+        attempt.num_to_send = len(token_ids)
         prefill_hello, decode_hello = self._workers.hello(route.prefill), self._workers.hello(route.decode)
         entry.stats.prefill_worker, entry.stats.decode_worker = prefill_hello.worker_id, decode_hello.worker_id
         entry.stats.num_attempts = entry.num_failures + 1
@@ -130,7 +139,7 @@ class AttemptFlow:
             hold = self._ledger.hold(
                 entry, ticket, route.decode, pending_tokens=len(token_ids), pending_blocks=num_blocks
             )
-            self._prefill(entry, entry.attempt, hold, num_skipped_tokens=0)
+            self._prefill(entry, attempt, hold, num_skipped_tokens=0)
             return
         self._ledger.hold(entry, ticket, route.prefill, pending_tokens=len(token_ids))
         decode = self._ledger.hold(entry, ticket, route.decode, pending_blocks=num_blocks)
@@ -166,6 +175,7 @@ class AttemptFlow:
     def on_event(self, incarnation: str, event: Event) -> None:
         match event:
             case StepTokens(sequences):
+                self._learn_step(incarnation, sequences)
                 for sequence in sequences:
                     self._on_attempt_event(incarnation, sequence)
             case Reserved() | Refused() | Prefilled() | Accepted() | Released() | AttemptFailed():
@@ -218,6 +228,7 @@ class AttemptFlow:
     def _on_reserved(self, hold: Hold, attempt: Attempt, event: Reserved) -> None:
         now_s = self._clock()
         hold.entry.stats.reserve_s = attempt.enter(Stage.PREFILLING, now_s)
+        attempt.num_to_send -= event.num_skipped_tokens
         self._ledger.settle(hold)
         self._ledger.note(hold.entry, LifecycleEvent.RESERVED, now_s)
         prefill = self._hold_of(hold.entry, attempt.ticket, attempt.ticket.prefill_incarnation)
@@ -236,6 +247,7 @@ class AttemptFlow:
             return
         now_s = self._clock()
         entry.stats.prefill_s = attempt.enter(Stage.DECODING if ticket.local else Stage.ACCEPTING, now_s)
+        self.learner.on_prefilled(hold.incarnation, attempt.num_to_read, entry.stats.prefill_s)
         self._ledger.settle(hold)
         if entry.stats.ttft_s is None:
             entry.stats.ttft_s = now_s - entry.arrived_s
@@ -258,7 +270,8 @@ class AttemptFlow:
 
     def _on_accepted(self, hold: Hold, attempt: Attempt, event: Accepted) -> None:
         entry, ticket, now_s = hold.entry, attempt.ticket, self._clock()
-        attempt.enter(Stage.DECODING, now_s)
+        took_s = attempt.enter(Stage.DECODING, now_s) + (entry.stats.reserve_s or 0.0)
+        self.learner.on_handover(ticket.prefill_incarnation, ticket.decode_incarnation, attempt.num_to_send, took_s)
         entry.stats.commit_wait_s = event.commit_wait_s
         self._workers.transfer_ended(ticket, well=True)
         self._ledger.note(entry, LifecycleEvent.ACCEPTED, now_s)
@@ -295,6 +308,15 @@ class AttemptFlow:
             self._fail(hold.entry, event.reason, event.message, hold.incarnation)
 
     # ---- small steps
+
+    def _learn_step(self, incarnation: str, sequences: tuple[SequenceTokens, ...]) -> None:
+        """From one of a step's sequences: all have waited for the same step."""
+        first = sequences[0]
+        hold = self._ledger.find(incarnation, first.key)
+        attempt = hold.entry.attempt if hold else None
+        last_s = hold.entry.last_token_s if hold else None
+        if attempt and attempt.decoding and first.token_ids and last_s is not None:
+            self.learner.on_step(incarnation, (self._clock() - last_s) / len(first.token_ids))
 
     def _prefill(self, entry: Entry, attempt: Attempt, hold: Hold, num_skipped_tokens: int) -> None:
         self._tell(hold, Prefill(attempt.ticket, attempt.work, num_skipped_tokens))

@@ -18,7 +18,8 @@ from core.messages import Load, TransferStats, Work
 from core.request import FinishReason, Request
 from core.stats import RequestStats
 from core.ticket import AttemptKey, Ticket
-from router.policy import Placement
+from router.policies.model import Placement
+from router.prompt_hashes import PromptHashes
 from router.stream import RequestStream
 
 
@@ -69,12 +70,18 @@ class Hold:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """The current attempt at a request. `since_s` is when its stage began; `decoding` once decode sent a token."""
+    """The current attempt at a request. `since_s` is when its stage began; `decoding` once decode sent a token.
+
+    `num_to_read` are the tokens that prefill has to read for it, those ahead of it included; `num_to_send` those that
+    its transfer carries.
+    """
 
     ticket: Ticket
     work: Work
     stage: Stage
     since_s: float
+    num_to_read: int = 0
+    num_to_send: int = 0
     decoding: bool = False
     finish_reason: FinishReason | None = None
     timer: asyncio.TimerHandle | None = None
@@ -116,6 +123,7 @@ class Entry:
     refusal: str = ""
     holds: list[Hold] = field(default_factory=list)
     history: list[tuple[LifecycleEvent, float]] = field(default_factory=list)
+    hashes: PromptHashes = field(default_factory=PromptHashes, repr=False)
     last_token_s: float | None = None
     ended: bool = False
     finish_reason: FinishReason | None = None
@@ -195,6 +203,7 @@ class Ledger:
         self._by_transfer: dict[str, Entry] = {}
         self._holds: dict[str, dict[AttemptKey, Hold]] = {}  # by incarnation
         self._usage: dict[str, Usage] = {}
+        self._touched: set[str] = set()
 
     def open(self, entry: Entry) -> None:
         self._live[entry.request.request_id] = entry
@@ -249,10 +258,12 @@ class Ledger:
         usage.num_credits += 1
         usage.pending_tokens += pending_tokens
         usage.pending_blocks += pending_blocks
+        self._touched.add(incarnation)
         return hold
 
     def settle(self, hold: Hold) -> None:
         """From here on the worker's own load accounts for it."""
+        self._touched.add(hold.incarnation)
         usage = self._usage[hold.incarnation]
         usage.pending_tokens -= hold.pending_tokens
         usage.pending_blocks -= hold.pending_blocks
@@ -279,6 +290,11 @@ class Ledger:
 
     def usage(self, incarnation: str) -> Usage:
         return self._usage.get(incarnation, Usage())
+
+    def take_touched(self) -> set[str]:
+        """Workers whose usage has changed since the last call."""
+        touched, self._touched = self._touched, set()
+        return touched
 
     def live_transfer_ids(self, incarnation: str) -> tuple[str, ...]:
         return tuple({hold.ticket.transfer_id: None for hold in self.holds_on(incarnation) if not hold.closing})

@@ -52,6 +52,8 @@ class MetricsObserver:
         match event:
             case LifecycleEvent.PLACED:
                 self._metrics.on_attempt()
+                if entry.placement:
+                    self._metrics.on_placement(entry.placement.policy, entry.placement.reasons)
             case LifecycleEvent.FIRST_TOKEN if entry.stats.ttft_s is not None:
                 self._metrics.on_first_token(entry.request.num_prompt_tokens, entry.stats.ttft_s)
             case LifecycleEvent.REFUSED:

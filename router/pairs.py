@@ -113,6 +113,7 @@ class PairTable:
         self._next_epoch = next_epoch
         self._pairs: dict[PairKey, Pair] = {}
         self._room_changed = False
+        self._changes: dict[PairKey, int | None] = {}
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self._pairs.values())
@@ -130,6 +131,23 @@ class PairTable:
         self._pairs = {names: pair for names, pair in self._pairs.items() if incarnation not in names}
         self._room_changed = True
 
+    def is_idle(self, key: PairKey) -> bool:
+        """Whether `want` could connect it."""
+        pair = self._pairs.get(key)
+        return pair is not None and pair.state is PairState.IDLE
+
+    @property
+    def any_idle(self) -> bool:
+        return any(pair.state is PairState.IDLE for pair in self)
+
+    def take_changes(self) -> dict[PairKey, int | None]:
+        """Pairs that came up since the last call, with their epochs, and those that did not stay so, with None.
+
+        A worker that is gone takes its pairs with it: of these nothing is told.
+        """
+        changes, self._changes = self._changes, {}
+        return {key: epoch for key, epoch in changes.items() if key in self._pairs}
+
     # ---- what workers say
 
     def answer_up(self, sender: str, event: PairUp, now_s: float) -> None:
@@ -140,6 +158,7 @@ class PairTable:
         if pair.answered >= {*pair.key}:
             pair.state, pair.reason, pair.up_since_s, pair.used_s = PairState.UP, "", now_s, now_s
             pair.transport, pair.num_bad_transfers = event.transport, 0
+            self._changes[pair.key] = pair.epoch
 
     def answer_down(self, event: PairDown, now_s: float) -> bool:
         """Whether this took down the pair's latest channel; a word about an older one changes nothing."""
@@ -273,5 +292,7 @@ class PairTable:
         pair.due_s = now_s + wait_s
 
     def _close(self, pair: Pair, state: PairState, reason: str) -> None:
+        if pair.up:
+            self._changes[pair.key] = None
         pair.state, pair.reason, pair.transport = state, reason, ""
         self._room_changed = True

@@ -15,7 +15,7 @@ from core.events import LifecycleEvent
 from core.messages import TransferStats
 from core.ticket import Ticket
 from router.ledger import Entry
-from router.policy import Route
+from router.policies.model import Route
 
 MAX_ATTEMPTS = 32
 """Kept of one request; a worker may refuse it any number of times."""

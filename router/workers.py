@@ -7,7 +7,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from core.clock import Clock
@@ -27,10 +26,12 @@ from core.messages import (
 from core.ticket import Ticket
 from router.config import SessionConfig
 from router.info import PairInfo, WorkerInfo
-from router.pairs import PairKey, PairState, PairTable, Told
-from router.policy import Route
+from router.pairs import PairKey, PairTable, Told
+from router.policies.fleet import Fleet, KindKey
+from router.policies.model import Route
 from router.rpc import Registration, SessionLostError, WireError, WorkerMessage
 from router.session import Session
+from router.worker import Worker, describe
 
 logger = logging.getLogger(__name__)
 
@@ -52,27 +53,6 @@ class WorkerListener(Protocol):
 
     def live_transfer_ids(self, incarnation: str) -> tuple[str, ...]:
         """Transfers whose leases on that worker are to be renewed."""
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """One incarnation of a worker. `session` is set while it is connected; `problem` says why it is not."""
-
-    registration: Registration
-    registered_s: float
-    task: asyncio.Task[None] | None = None
-    session: Session | None = None
-    load: Load = field(default_factory=Load)
-    draining: bool = False
-    problem: str = "not connected yet"
-
-    @property
-    def incarnation(self) -> str:
-        return self.registration.incarnation
-
-    @property
-    def hello(self) -> WorkerHello | None:
-        return self.session.hello if self.session else None
 
 
 def wall_clock_epochs(wall_clock: Callable[[], float] = time.time) -> Callable[[], int]:
@@ -101,7 +81,10 @@ class Workers:
         clock: Clock,
         fingerprint: str | None = None,
         next_epoch: Callable[[], int] | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
+        """`fleet` is kept as placement wants to see it."""
+        self.fleet = fleet or Fleet()
         self._config = config
         self._clock = clock
         self._fingerprint = fingerprint
@@ -112,6 +95,7 @@ class Workers:
         self._alarm: asyncio.TimerHandle | None = None
         self._retired: set[asyncio.Task[None]] = set()
         self._listener: WorkerListener | None = None
+        self._max_model_len: tuple[int, int | None] = (-1, None)  # with the version of the fleet it is of
 
     def subscribe(self, listener: WorkerListener) -> None:
         """Before the first registration; one listener."""
@@ -152,6 +136,13 @@ class Workers:
     @property
     def max_model_len(self) -> int | None:
         """Most tokens that some prefill and some decode worker can hold; None while there are none."""
+        version, known = self._max_model_len
+        if version != self.fleet.version:
+            known = self._longest()
+            self._max_model_len = self.fleet.version, known
+        return known
+
+    def _longest(self) -> int | None:
         hellos = [hello for hello, _ in self.connected()]
         prefill = max((hello.max_model_len for hello in hellos if hello.role is not WorkerRole.DECODE), default=None)
         decode = max((hello.max_model_len for hello in hellos if hello.role is not WorkerRole.PREFILL), default=None)
@@ -159,22 +150,19 @@ class Workers:
 
     def routes(self) -> tuple[Route, ...]:
         """Pairs that are up and mixed workers by themselves, save those that take no new work."""
-        takes_work = {incarnation for incarnation, worker in self._connected.items() if not worker.draining}
-        pairs = ((pair.prefill.incarnation, pair.decode.incarnation, pair.epoch) for pair in self._pairs if pair.up)
-        return (
-            *(Route(prefill, decode, epoch) for prefill, decode, epoch in pairs if {prefill, decode} <= takes_work),
-            *(
-                Route(hello.incarnation, hello.incarnation)
-                for hello, worker in self.connected()
-                if hello.role is WorkerRole.MIXED and not worker.draining
-            ),
-        )
+        return tuple(self.fleet.routes())
 
-    def idle_routes(self) -> tuple[Route, ...]:
-        """Pairs that could be connected and are not, for nobody has needed them yet; `want` connects one."""
-        takes_work = {incarnation for incarnation, worker in self._connected.items() if not worker.draining}
-        idle = (pair.key for pair in self._pairs if pair.state is PairState.IDLE)
-        return tuple(Route(*key) for key in idle if {*key} <= takes_work)
+    @property
+    def has_route(self) -> bool:
+        return next(self.fleet.routes(), None) is not None
+
+    @property
+    def any_idle_pair(self) -> bool:
+        """Whether some pair could be connected that is not, for nobody has needed it yet; `want` connects one."""
+        return self._pairs.any_idle
+
+    def is_idle(self, prefill: str, decode: str) -> bool:
+        return self._pairs.is_idle((prefill, decode))
 
     def want(self, route: Route, in_use: Collection[PairKey]) -> None:
         """Connect an idle pair, in the background; pairs `in_use` do not make room for it."""
@@ -202,13 +190,13 @@ class Workers:
         worker = self._by_id.get(worker_id)
         if worker is None or worker.session is None:
             return False
-        worker.draining = True
+        self._take_no_work(worker)
         worker.session.send(Drain(deadline_s))
         return True
 
     def problem(self) -> str:
         """Why no request can be served, in a clause; empty where one can."""
-        if self.routes():
+        if self.has_route:
             return ""
         reasons = [pair.reason for pair in self._pairs if pair.reason]
         if reasons:
@@ -295,6 +283,9 @@ class Workers:
         hello = session.hello
         worker.session, worker.problem, worker.draining = session, "", False
         worker.load = Load(num_free_blocks=hello.num_blocks)
+        layout = hello.layout
+        key = KindKey(hello.role, hello.device, (layout.contents, layout.block_size), hello.max_model_len)
+        self.fleet.add(hello.incarnation, key, hello.credits, hello.num_blocks)
         self._pairs.add(hello, [other for other, _ in self.connected()], self._clock())
         self._connected[hello.incarnation] = worker
         logger.info("worker %s (%s, %s) is connected", hello.worker_id, hello.role.value, hello.incarnation)
@@ -308,6 +299,8 @@ class Workers:
         worker.session = None
         del self._connected[worker.incarnation]
         self._pairs.remove(worker.incarnation)
+        self.fleet.remove(worker.incarnation)
+        self._connect_pairs()
         self._told().on_lost(worker.incarnation, reason)
         self._told().on_change()
 
@@ -315,12 +308,27 @@ class Workers:
         if worker.session is None:
             return  # replaced: what it still says is of no interest
         if message.load:
-            worker.load = message.load
-            worker.draining = worker.draining or message.load.draining
+            self._on_load(worker, message.load)
         for event in message.events:
             self._on_event(worker, event)
-        self._connect_pairs()
+        if any(isinstance(event, PairUp | PairDown) for event in message.events):
+            self._connect_pairs()
         self._told().on_change()
+
+    def _on_load(self, worker: Worker, load: Load) -> None:
+        worker.load = load
+        self.fleet.report(
+            worker.incarnation,
+            num_free_blocks=load.num_free_blocks,
+            num_active=load.num_running + load.num_waiting + load.num_held,
+            num_waiting_tokens=load.num_waiting_tokens,
+        )
+        if load.draining:
+            self._take_no_work(worker)
+
+    def _take_no_work(self, worker: Worker) -> None:
+        worker.draining = True
+        self.fleet.take_no_work(worker.incarnation)
 
     def _on_event(self, worker: Worker, event: Event) -> None:
         match event:
@@ -330,9 +338,9 @@ class Workers:
                 if self._pairs.answer_down(event, self._clock()):
                     self._told().on_pair_down(prefill, decode, epoch, reason)
             case Drained():
-                worker.draining = True
+                self._take_no_work(worker)
             case CacheChanged():
-                pass  # no policy looks at prefixes
+                self.fleet.tell(worker.incarnation, event)
             case _:
                 self._told().on_event(worker.incarnation, event)
 
@@ -347,6 +355,11 @@ class Workers:
         if due_s is not None:
             delay_s = max(0.0, due_s - self._clock())
             self._alarm = asyncio.get_running_loop().call_later(delay_s, self._connect_pairs)
+        for (prefill, decode), epoch in self._pairs.take_changes().items():
+            if epoch is None:
+                self.fleet.pair_down(prefill, decode)
+            else:
+                self.fleet.pair_up(prefill, decode, epoch)
 
     def _tell(self, told: Iterable[Told]) -> None:
         for incarnation, command in told:
@@ -355,21 +368,3 @@ class Workers:
     def _told(self) -> WorkerListener:
         assert self._listener is not None, "subscribe() comes first"
         return self._listener
-
-
-def describe(worker: Worker, num_credits_used: int) -> WorkerInfo:
-    registration, hello = worker.registration, worker.hello
-    return WorkerInfo(
-        worker_id=registration.worker_id,
-        incarnation=registration.incarnation,
-        role=hello.role if hello else registration.role,
-        address=registration.address,
-        connected=hello is not None,
-        draining=worker.draining,
-        load=worker.load if hello else replace(worker.load, num_free_blocks=0),
-        num_blocks=hello.num_blocks if hello else 0,
-        credits=hello.credits if hello else 0,
-        num_credits_used=num_credits_used,
-        device=hello.device if hello else "",
-        problem=worker.problem,
-    )

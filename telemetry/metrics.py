@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 
@@ -51,6 +51,7 @@ class Metrics:
         )
         self._requests = self._own("penstock_requests", "Requests by how they ended", "outcome")
         self._attempts = self._own("penstock_attempts", "Times that a request was given to workers")
+        self._placements = self._own("penstock_placements", "Placements, once for each reason", "policy", "reason")
         self._retries = self._own("penstock_retries", "Attempts that failed and were made again", "reason")
         self._recomputed = self._own(
             "penstock_recomputed_tokens",
@@ -71,6 +72,10 @@ class Metrics:
 
     def on_attempt(self) -> None:
         self._attempts.inc()
+
+    def on_placement(self, policy: str, reasons: Iterable[str]) -> None:
+        for reason in reasons:
+            self._placements.labels(policy, reason).inc()
 
     def on_refusal(self, reason: str) -> None:
         self._refusals.labels(reason).inc()

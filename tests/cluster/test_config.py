@@ -192,7 +192,7 @@ def fields_of(kind: type, prefix: str = "") -> set[str]:
 def keys_of(values: dict[str, Any], prefix: str = "") -> set[str]:
     paths = set()
     for key, value in values.items():
-        paths |= keys_of(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+        paths |= keys_of(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}"}
     return paths
 
 

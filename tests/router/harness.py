@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from core.messages import TransferStats, WorkerRole
 from core.request import FinishReason, Request
 from core.sampling import SamplingParams
 from core.ticket import Ticket
-from router.config import DispatchConfig, SessionConfig
+from router.config import DispatchConfig, PlacementConfig, SessionConfig
 from router.dispatcher import Dispatcher
 from router.ledger import Entry
 from router.rpc import Registration
@@ -177,6 +178,7 @@ async def harness(
     dispatch: DispatchConfig | None = None,
     sessions: SessionConfig = SESSIONS,
     fingerprint: str | None = None,
+    placement: PlacementConfig | None = None,
 ) -> AsyncIterator[Harness]:
     """Everything is stopped and checked at the end."""
     epochs = itertools.count(1)
@@ -184,7 +186,14 @@ async def harness(
         sessions, router_id="router", clock=time.monotonic, fingerprint=fingerprint, next_epoch=lambda: next(epochs)
     )
     seen = Recorder()
-    dispatcher = Dispatcher(dispatch or DispatchConfig(), workers=workers, clock=time.monotonic, observer=seen)
+    dispatcher = Dispatcher(
+        dispatch or DispatchConfig(),
+        workers=workers,
+        clock=time.monotonic,
+        observer=seen,
+        placement=placement,
+        rng=random.Random(0),
+    )
     world = Harness(workers, dispatcher, seen)
     try:
         await world.add(*fakes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core.request import FinishReason
-from router.config import DispatchConfig
+from router.config import DispatchConfig, PlacementConfig
 from tests.router.fake_tokens import continuation
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import harness, pair_of_workers, read
@@ -137,9 +137,9 @@ async def test_a_first_token_can_end_a_local_request() -> None:
         await world.idle()
 
 
-async def test_dedicated_workers_go_before_a_mixed_one() -> None:
+async def test_mixed_pool_takes_dedicated_workers_before_a_mixed_one() -> None:
     fakes = FakeWorker("mixed-0", "mixed"), FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode")
-    async with harness(*fakes) as world:
+    async with harness(*fakes, placement=PlacementConfig(policy="mixed_pool")) as world:
         await world.until_routes(4)  # three pairs, and the mixed worker alone
         stream = world.submit(PROMPT, 4)
         await read(stream)

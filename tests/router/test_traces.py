@@ -10,13 +10,14 @@ from core.messages import TransferStats
 from core.request import FinishReason
 from core.ticket import Ticket
 from router.ledger import Failure
-from router.policy import Placement, Route
+from router.policies.model import Forecast, Placement, Route
 from router.traces import MAX_ATTEMPTS, RequestTrace, Span, TraceRecorder, spans_of
 from tests.router.test_admission import entry
 
 NAMES = {"p": "prefill-0", "d": "decode-0"}
-PAIR = Placement(Route("p", "d", 1), ("disaggregated", "least_loaded"))
-ALONE = Placement(Route("d", "d"), ("local",))
+SOON = Forecast(ttft_s=0.1, itl_s=0.01, finish_s=1.0)
+PAIR = Placement(Route("p", "d", 1), ("disaggregated", "least_loaded"), "least_loaded", SOON)
+ALONE = Placement(Route("d", "d"), ("local",), "least_loaded", SOON)
 
 
 class Story:

@@ -1,0 +1,40 @@
+"""What is measured of each kind of worker, for the predictions of placement."""
+
+from __future__ import annotations
+
+from router.policies.fleet import Fleet, Worker
+
+
+class Learner:
+    """Fits the fleet's speeds to what attempts took. Of workers that are gone nothing is learned."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def num_tokens_ahead(self, incarnation: str) -> int:
+        """That a worker has to read before a prompt that comes now."""
+        worker = self._fleet.workers.get(incarnation)
+        return worker.num_waiting_tokens if worker else 0
+
+    def on_prefilled(self, incarnation: str, num_tokens: int, took_s: float) -> None:
+        """A prompt was read, `num_tokens` with those ahead of it and without those cached."""
+        if worker := self._worker(incarnation):
+            worker.kind.prefill.observe(num_tokens, took_s)
+
+    def on_step(self, incarnation: str, took_s: float) -> None:
+        """A token came so long after the one before."""
+        if worker := self._worker(incarnation):
+            worker.kind.step.observe(max(1, worker.num_active), took_s)
+
+    def on_handover(self, prefill: str, decode: str, num_tokens: int, took_s: float) -> None:
+        """Reserving and what came between the first token and the start of decode, for so many tokens sent."""
+        p, d = self._worker(prefill), self._worker(decode)
+        if p and d:
+            p.kind.link(d.kind).observe(num_tokens, took_s)
+
+    def on_answer(self, num_tokens: int) -> None:
+        """An answer ended by itself."""
+        self._fleet.output_tokens.observe(num_tokens)
+
+    def _worker(self, incarnation: str) -> Worker | None:
+        return self._fleet.workers.get(incarnation)
