@@ -16,6 +16,7 @@ from engine.model import Model
 from engine.plan import Drawn, Plan, StepResult
 from engine.sampler import sample, token_logprobs
 from engine.step_inputs import StepInputs, build_step_inputs
+from kernels.threads import awake
 
 MAX_SCORED_ROWS = 64
 """Rows of logits that are made at once for the log-probabilities of prompts."""
@@ -54,6 +55,10 @@ class Runner:
         self._swap(plan)
         if not plan.entries:
             return StepResult({})
+        with awake():
+            return self._run(plan, on_layer)
+
+    def _run(self, plan: Plan, on_layer: Callable[[int], None] | None) -> StepResult:
         begun = perf_counter()
         pending = self._begin_masks(plan)
         storage = self._storage

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from kernels.native import library
+from kernels.native import function, library
 
 
 def set_num_threads(num_threads: int, cpus: Sequence[int] = ()) -> None:
@@ -23,6 +24,23 @@ def set_num_threads(num_threads: int, cpus: Sequence[int] = ()) -> None:
         return
     torch.set_num_threads(1)
     native.penstock_set_num_threads(num_threads, (ctypes.c_int32 * len(cpus))(*cpus), len(cpus))
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Within it the threads wait for the next operation without going to sleep, up to some milliseconds.
+
+    For steps of many operations: to wake up takes a thread longer than one operation may take.
+    """
+    set_within_step = function("penstock_set_within_step", "i")
+    if set_within_step is None:
+        yield
+        return
+    set_within_step(True)
+    try:
+        yield
+    finally:
+        set_within_step(False)
 
 
 def num_threads() -> int:

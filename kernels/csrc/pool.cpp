@@ -13,14 +13,15 @@
 
 namespace {
 
-// How often a thread looks before it sleeps: some tens of microseconds, the gap between two operations of a step. Between
-// steps the threads sleep, so that workers that share a machine don't take each other's cores.
-constexpr int NUM_SPINS = 4000;
+// How often a thread looks before it sleeps: some tens of microseconds, the gap between two operations. Between steps the
+// threads sleep, so that workers that share a machine don't take each other's cores. Within one, where Python has things
+// to do between two calls, helpers look for up to some milliseconds: to wake up would take them longer than the gap.
+constexpr int NUM_SPINS = 4000, NUM_SPINS_WITHIN_STEP = 100000;
 
 // Spins while `is_over` does not hold, then sleeps on `word` as long as it is `seen`.
 template <class Condition>
-void await(const std::atomic<uint32_t>& word, uint32_t seen, const Condition& is_over) {
-    for (int spin = 0; spin < NUM_SPINS; ++spin) {
+void await(const std::atomic<uint32_t>& word, uint32_t seen, int num_spins, const Condition& is_over) {
+    for (int spin = 0; spin < num_spins; ++spin) {
         if (is_over()) return;
         _mm_pause();
     }
@@ -66,6 +67,15 @@ class Pool {
         }
     }
 
+    // Helpers wake up when a step begins: in a round without items.
+    void set_within_step(bool within_step) {
+        std::lock_guard<std::mutex> one_at_a_time(running_);
+        within_step_.store(within_step, std::memory_order_relaxed);
+        if (!within_step) return;
+        ++round_;
+        round_.notify_all();
+    }
+
     int size() const { return size_.load(std::memory_order_relaxed); }
 
     void run(int64_t num_items, const std::function<void(int64_t)>& body) {
@@ -93,7 +103,7 @@ class Pool {
         round_.notify_all();
         take_items(0, round);
         for (uint32_t left = num_left_.load(std::memory_order_acquire); left > 0; left = num_left_.load(std::memory_order_acquire))
-            await(num_left_, left, [&] { return num_left_.load(std::memory_order_acquire) != left; });
+            await(num_left_, left, NUM_SPINS, [&] { return num_left_.load(std::memory_order_acquire) != left; });
     }
 
     // All there is to take for the thread that owns share `own`.
@@ -117,7 +127,10 @@ class Pool {
 
     void help(int own, uint32_t seen) {
         while (true) {
-            while (round_.load() == seen) await(round_, seen, [&] { return round_.load(std::memory_order_acquire) != seen; });
+            while (round_.load() == seen) {
+                const int num_spins = within_step_.load(std::memory_order_relaxed) ? NUM_SPINS_WITHIN_STEP : NUM_SPINS;
+                await(round_, seen, num_spins, [&] { return round_.load(std::memory_order_acquire) != seen; });
+            }
             seen = round_.load();
             if (stopping_.load()) return;
             take_items(static_cast<size_t>(own), seen);
@@ -137,7 +150,7 @@ class Pool {
     std::vector<OwnLine> shares_ = std::vector<OwnLine>(1);
     std::atomic<int> size_{1};
     std::atomic<uint32_t> round_{0}, num_left_{0};
-    std::atomic<bool> stopping_{false};
+    std::atomic<bool> stopping_{false}, within_step_{false};
     std::atomic<int64_t> first_item_{0};
     std::atomic<const std::function<void(int64_t)>*> body_{nullptr};
 };
@@ -162,5 +175,8 @@ void run(int64_t num_items, const std::function<void(int64_t)>& body) { pool_of_
 extern "C" EXPORT void penstock_set_num_threads(int32_t num_threads, const int32_t* cpus, int32_t num_cpus) {
     pool_of_this_process().resize(num_threads, cpus, num_cpus);
 }
+
+// Between its beginning and its end, the threads of a step stay awake.
+extern "C" EXPORT void penstock_set_within_step(int32_t within_step) { pool_of_this_process().set_within_step(within_step != 0); }
 
 extern "C" EXPORT int32_t penstock_num_threads() { return pool::num_threads(); }
