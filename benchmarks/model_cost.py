@@ -75,20 +75,24 @@ class ModelCost:
         return weights * weight_bytes + kv_tokens * self.kv_bytes_per_token
 
     def linear_flops(self, num_tokens: int, num_sampled: int) -> float:
-        """Only rows that draw a token need logits."""
+        """Only rows that draw a token need logits, and more of the last layer than K and V."""
         layer = self._attention_weights + self.num_experts_used * self._expert_weights
-        return 2.0 * (num_tokens * self.num_layers * layer + num_sampled * self.hidden_size * self.vocab_size)
+        kv = 2 * self.hidden_size * self.num_kv_heads * self.head_size
+        for_all = num_tokens * ((self.num_layers - 1) * layer + kv)
+        return 2.0 * (for_all + num_sampled * (layer - kv + self.hidden_size * self.vocab_size))
 
-    def attention_flops(self, num_pairs: float) -> float:
-        """For that many (query, key) pairs of tokens."""
-        return 4.0 * num_pairs * self.num_layers * self.num_heads * self.head_size
+    def attention_flops(self, num_pairs: float, num_last_pairs: float) -> float:
+        """For that many (query, key) pairs of tokens in each layer, and in the last one."""
+        pairs = num_pairs * (self.num_layers - 1) + num_last_pairs
+        return 4.0 * pairs * self.num_heads * self.head_size
 
 
 def prefill_s(cost: ModelCost, machine: Ceilings, precision: str, num_sequences: int, num_tokens: int) -> float:
     """The least time to read `num_sequences` prompts of `num_tokens`: multiplications at the rate of large products."""
     linear = cost.linear_flops(num_sequences * num_tokens, num_sequences)
     pairs = num_sequences * num_tokens * (num_tokens + 1) / 2
-    return linear / machine.flops(precision) + cost.attention_flops(pairs) / machine.flops("float32")
+    attention = cost.attention_flops(pairs, num_sequences * num_tokens)
+    return linear / machine.flops(precision) + attention / machine.flops("float32")
 
 
 def decode_step_s(cost: ModelCost, machine: Ceilings, precision: str, num_sequences: int, context: float) -> float:
@@ -96,7 +100,7 @@ def decode_step_s(cost: ModelCost, machine: Ceilings, precision: str, num_sequen
     kv_tokens = num_sequences * context
     read = cost.bytes_read(num_sequences, int(kv_tokens), WEIGHT_BYTES[precision]) / machine.read_bytes_per_s
     linear = cost.linear_flops(num_sequences, num_sequences) / machine.flops(precision)
-    return max(read, linear + cost.attention_flops(kv_tokens) / machine.flops("float32"))
+    return max(read, linear + cost.attention_flops(kv_tokens, kv_tokens) / machine.flops("float32"))
 
 
 WEIGHT_BYTES = {"float32": 4.0, "int8": 1.0}

@@ -16,7 +16,7 @@ from engine.step_inputs import StepInputs
 from engine.weights import MLPWeights, ModelWeights, MoEWeights, Storage
 from kernels.layers import NativeLayers
 from kernels.moe import route
-from kernels.paged_kv import LayerKV
+from kernels.paged_kv import LayerKV, PickedRows
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope_angles
 
@@ -40,9 +40,14 @@ class Model:
         self._fast: tuple[Sequence[LayerKV], NativeLayers | None] | None = None
 
     def forward(
-        self, inputs: StepInputs, kv_layers: Sequence[LayerKV], on_layer: Callable[[int], None] | None = None
+        self,
+        inputs: StepInputs,
+        kv_layers: Sequence[LayerKV],
+        on_layer: Callable[[int], None] | None = None,
+        picked: PickedRows | None = None,
     ) -> Tensor:
-        """Hidden states [T, C] of the step's tokens; what they cache goes into `kv_layers` (see `KVStorage.layers`).
+        """Hidden states [T, C] of the step's tokens, or [S, C] of those picked; what all of them cache goes into
+        `kv_layers` (see `KVStorage.layers`).
 
         `on_layer(l)` is called once that of layer l is written, before the layer's attention.
         """
@@ -50,10 +55,10 @@ class Model:
         hidden = self._embed(inputs.token_ids)
         native = self._native(kv_layers)
         if native is not None:
-            native(hidden, inputs.slots, inputs.spans, angles, on_layer)
-            return hidden
+            return native(hidden, inputs.slots, inputs.spans, angles, on_layer, picked)
         for index, kv in enumerate(kv_layers):
-            hidden = self._layer(index, hidden, inputs, kv, angles[self._rope_of_layer[index]], on_layer)
+            wanted = picked if index == len(kv_layers) - 1 else None
+            hidden = self._layer(index, hidden, inputs, kv, angles[self._rope_of_layer[index]], on_layer, wanted)
         return hidden
 
     def _native(self, kv_layers: Sequence[LayerKV]) -> NativeLayers | None:
@@ -69,16 +74,22 @@ class Model:
         kv: LayerKV,
         angles: tuple[Tensor, Tensor],
         on_layer: Callable[[int], None] | None,
+        picked: PickedRows | None,
     ) -> Tensor:
         """One operation after the other."""
         eps, weights, attention = self.config.rms_norm_eps, self._weights.layers[index], self._attention[index]
         q = attention.project(rms_norm(hidden, weights.attention_norm, eps), inputs, kv, *angles)
         if on_layer is not None:
             on_layer(index)
+        spans = inputs.spans
+        if picked is not None:
+            q, hidden, spans = q.index_select(0, picked.rows), hidden.index_select(0, picked.rows), picked.spans
+            if not len(hidden):
+                return hidden
         if weights.after_attention_norm is None:
-            hidden = attention.attend(q, kv, inputs.spans, hidden)
+            hidden = attention.attend(q, kv, spans, hidden)
         else:
-            hidden = hidden + rms_norm(attention.attend(q, kv, inputs.spans, None), weights.after_attention_norm, eps)
+            hidden = hidden + rms_norm(attention.attend(q, kv, spans, None), weights.after_attention_norm, eps)
         normed = rms_norm(hidden, weights.mlp_norm, eps)
         if weights.after_mlp_norm is None:
             return self._mlp(normed, weights.mlp, hidden)

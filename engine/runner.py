@@ -63,11 +63,13 @@ class Runner:
         pending = self._begin_masks(plan)
         storage = self._storage
         inputs = build_step_inputs(plan, storage.layout.block_size, self._model.config.vocab_size, storage.device)
-        hidden = self._model.forward(inputs, storage.layers, on_layer)
+        hidden = self._model.forward(inputs, storage.layers, on_layer, inputs.picked)
         prompt_logprobs = self._score(hidden, inputs)
         if not inputs.sampled:
             return StepResult({}, prompt_logprobs)
-        logits = self._model.logits(hidden.index_select(0, inputs.sampled_rows))
+        if len(hidden) > len(inputs.sampled_rows):
+            hidden = hidden.index_select(0, inputs.sampled_rows)
+        logits = self._model.logits(hidden)
         masks, failures = pending.get()
         self.mask_wait_s += pending.wait_s
         drawn = sample(logits, inputs.sampled, masks)

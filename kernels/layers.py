@@ -17,7 +17,7 @@ from kernels.moe import Gating
 from kernels.native import native_function
 from kernels.native_attention import NativeAttention, address
 from kernels.native_linear import NativeLinear
-from kernels.paged_kv import Spans
+from kernels.paged_kv import PickedRows, Spans
 from kernels.qkv import NativeQKVWrite
 
 
@@ -87,7 +87,12 @@ class _Layer(ctypes.Structure):
 
 
 class _Layers(ctypes.Structure):
-    _fields_ = (("layers", ctypes.c_void_p), ("hidden_size", ctypes.c_int64), ("eps", ctypes.c_float))
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        ("num_layers", ctypes.c_int64),
+        ("hidden_size", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+    )
 
 
 class _Angles(ctypes.Structure):
@@ -103,6 +108,16 @@ class _Step(ctypes.Structure):
         ("blocks", ctypes.c_void_p),
         ("num_spans", ctypes.c_int64),
         ("angles", ctypes.c_void_p),
+        ("picked", ctypes.c_void_p),
+    )
+
+
+class _Picked(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("spans", ctypes.c_void_p),
+        ("num_spans", ctypes.c_int64),
     )
 
 
@@ -114,7 +129,7 @@ class NativeLayers:
         self._mixtures = [None if part.mixture is None else _mixture(part.mixture) for part in parts]
         self._layers = (_Layer * len(parts))(*map(_layer, parts, self._mixtures))
         hidden_size = parts[0].attention_norm.numel()
-        self._struct = _Layers(ctypes.addressof(self._layers), hidden_size, eps)
+        self._struct = _Layers(ctypes.addressof(self._layers), len(parts), hidden_size, eps)
         self._run = native_function("penstock_run_layers", "ppqq")
 
     def __call__(
@@ -124,9 +139,11 @@ class NativeLayers:
         spans: Spans,
         angles: Sequence[tuple[Tensor, Tensor]],
         on_layer: Callable[[int], None] | None,
-    ) -> None:
-        """hidden: [T, C] float32, overwritten by what the layers make of it; slots: [T] int64; angles: cosines and
-        sines [T, P/2], a pair for each `LayerParts.rope`.
+        picked: PickedRows | None,
+    ) -> Tensor:
+        """What the layers make of `hidden`, in its place: [T, C], or [S, C] where rows are picked.
+
+        hidden: [T, C] float32; slots: [T] int64; angles: cosines and sines [T, P/2], a pair for each `LayerParts.rope`.
 
         `on_layer(l)` is called once K and V of layer l are in the cache, before the layer's attention.
         """
@@ -137,6 +154,10 @@ class NativeLayers:
             *(spans.table.data_ptr(), spans.blocks.data_ptr(), spans.table.shape[0]),
             ctypes.addressof(turns),
         )
+        if picked is not None:
+            table = picked.spans.table
+            picks = _Picked(picked.rows.data_ptr(), len(picked.rows), table.data_ptr(), len(table))
+            step.picked = ctypes.addressof(picks)
         layers, at, num_halves = ctypes.addressof(self._struct), ctypes.addressof(step), 2 * len(self._parts)
         done = 0
         if on_layer is not None:
@@ -145,6 +166,7 @@ class NativeLayers:
                 done = 2 * index + 1
                 on_layer(index)
         self._run(layers, at, done, num_halves)
+        return hidden if picked is None else hidden[: len(picked.rows)]
 
 
 def _layer(part: LayerParts, mixture: _Mixture | None) -> _Layer:

@@ -53,6 +53,15 @@ class Spans(NamedTuple):
     """`table` in host memory: the same tensor on CPU."""
 
 
+class PickedRows(NamedTuple):
+    """The rows of a step whose results are asked for: of the others a model needs K and V alone."""
+
+    rows: Tensor
+    """[S] int64, ascending."""
+    spans: Spans
+    """Of these rows as if there were no others."""
+
+
 def empty_kv(
     num_blocks: int, num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> PagedKV:

@@ -35,13 +35,21 @@ struct Layer {
 
 struct Layers {
     const Layer* layers;
-    int64_t hidden_size;
+    int64_t num_layers, hidden_size;
     float eps;
 };
 
 struct Angles {
     const float *cos, *sin;  // [T, half]
     int64_t half;
+};
+
+// Rows of a step, ascending, and the spans that they make up by themselves.
+struct Picked {
+    const int64_t* rows;
+    int64_t num_rows;
+    const Span* spans;
+    int64_t num_spans;
 };
 
 struct LayersStep {
@@ -52,11 +60,13 @@ struct LayersStep {
     const int32_t* blocks;
     int64_t num_spans;
     const Angles* angles;
+    const Picked* picked;  // the rows whose results are asked for, which become the first; null: all
 };
 
 class Run {
   public:
-    Run(const Layers& layers, const LayersStep& step) : all_(layers), step_(step), num_rows_(step.num_tokens) {}
+    Run(const Layers& layers, const LayersStep& step)
+        : all_(layers), step_(step), num_rows_(step.num_tokens), spans_(step.spans), num_spans_(step.num_spans) {}
 
     // Norm, Q, K and V; these into the cache, Q into its slot.
     void write(const Layer& layer) {
@@ -71,8 +81,23 @@ class Run {
         penstock_qkv_rope_write(&a);
     }
 
+    // Hidden states and Q of the picked rows take the place of all.
+    void pick(const Layer& layer) {
+        const AttentionArguments& a = *layer.attention;
+        const int64_t q_size = a.step.num_heads * a.step.key_size;
+        float* q = room(Q, num_rows_ * q_size);
+        for (int64_t i = 0; i < step_.picked->num_rows; ++i) {
+            const int64_t row = step_.picked->rows[i];
+            std::copy_n(q + row * q_size, q_size, q + i * q_size);
+            std::copy_n(step_.hidden + row * all_.hidden_size, all_.hidden_size, step_.hidden + i * all_.hidden_size);
+        }
+        num_rows_ = step_.picked->num_rows;
+        spans_ = step_.picked->spans, num_spans_ = step_.picked->num_spans;
+    }
+
     // Attention and all that follows it.
     void rest(const Layer& layer) {
+        if (num_rows_ == 0) return;
         add_branch(layer.after_attention_norm, [&](const float* residual, float* out) { attend(layer, residual, out); });
         const float* normed = norm(step_.hidden, layer.mlp_norm);
         add_branch(layer.after_mlp_norm, [&](const float* residual, float* out) {
@@ -104,7 +129,7 @@ class Run {
         AttentionArguments a = *layer.attention;
         a.step.q = room(Q, num_rows_ * a.step.num_heads * a.step.key_size);
         a.step.out = room(ATTENDED, num_rows_ * a.step.num_heads * a.step.value_size);
-        a.step.spans = step_.spans, a.step.num_spans = step_.num_spans;
+        a.step.spans = spans_, a.step.num_spans = num_spans_;
         a.step.blocks = step_.blocks;
         penstock_attention(&a);
         penstock_linear(layer.output, a.step.out, num_rows_, residual, out);
@@ -132,7 +157,9 @@ class Run {
 
     const Layers& all_;
     const LayersStep& step_;
-    const int64_t num_rows_;
+    int64_t num_rows_;
+    const Span* spans_;
+    int64_t num_spans_;
 };
 
 }  // namespace
@@ -143,6 +170,11 @@ extern "C" EXPORT void penstock_run_layers(const Layers* layers, const LayersSte
     Run run(*layers, *step);
     for (int64_t half = first; half < last; ++half) {
         const Layer& layer = layers->layers[half / 2];
-        half % 2 == 0 ? run.write(layer) : run.rest(layer);
+        if (half % 2 == 0) {
+            run.write(layer);
+        } else {
+            if (step->picked && half / 2 == layers->num_layers - 1) run.pick(layer);
+            run.rest(layer);
+        }
     }
 }

@@ -66,8 +66,11 @@ def test_a_step_reads_those_experts_that_its_tokens_pick() -> None:
     assert many - one == pytest.approx((8 - 2) * expert)
 
 
-def test_only_what_draws_a_token_needs_the_output_matrix() -> None:
-    assert DENSE.linear_flops(7, 1) == 2 * (7 * 2 * LAYER + 40)
+def test_only_what_draws_a_token_needs_the_output_matrix_and_all_of_the_last_layer() -> None:
+    last_kv = 4 * 2 * 2
+    assert DENSE.linear_flops(7, 1) == 2 * (7 * (LAYER + last_kv) + LAYER - last_kv + 40)
+    assert DENSE.linear_flops(7, 7) == 2 * 7 * (2 * LAYER + 40)
+    assert DENSE.attention_flops(28, 7) == 4 * (28 + 7) * 2 * 2
 
 
 def test_a_decode_step_is_bound_by_memory_or_by_multiplying() -> None:

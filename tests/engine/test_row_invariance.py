@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from core.sampling import SamplingParams
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import Plan, PlanEntry
@@ -79,6 +80,20 @@ def check(engine: Engine, cuts: list[int], mates: list[int]) -> None:
         beside = [entry(index, LENGTH - mate, LENGTH) for index in (1, 2)] if mate else []
         part, *_ = logits(engine, entry(0, start, end), *beside)
         assert torch.equal(part, whole[start:end])
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_picked_row_comes_out_as_among_all(load: LoadEngine, variant: str, precision: str) -> None:
+    engine = load(variant, precision)
+    greedy = SamplingParams(max_tokens=1, temperature=0)
+    drawing = [entry(0, 20, LENGTH)._replace(sampling=greedy), entry(2, 0, 9)._replace(sampling=greedy, num_drafts=3)]
+    logits(engine, entry(0, 0, 20))
+    inputs = build_step_inputs(Plan((*drawing, entry(1, 0, 30))), BLOCK_SIZE, 199, torch.device("cpu"))
+    assert inputs.picked is not None
+    with torch.inference_mode():
+        every = engine.model.forward(inputs, engine.storage.layers)
+        picked = engine.model.forward(inputs, engine.storage.layers, None, inputs.picked)
+    assert torch.equal(picked, every[inputs.sampled_rows])
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

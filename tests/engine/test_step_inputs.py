@@ -36,6 +36,26 @@ def test_sampled_rows_are_the_last_of_their_entries() -> None:
     assert inputs.token_ids[inputs.sampled_rows].tolist() == [4, 3, 8]
 
 
+def test_rows_are_picked_with_spans_of_their_own() -> None:
+    inputs = build(
+        PlanEntry("a", (1, 2, 3), 4, (0, 7), GREEDY),
+        PlanEntry("b", (4,), 4, (1, 2), GREEDY),
+        PlanEntry("c", (5, 6), 0, (3,), None),
+        PlanEntry("d", (7, 8, 9), 0, (4,), GREEDY, num_drafts=1),
+    )
+    assert inputs.picked is not None
+    assert inputs.picked.rows.tolist() == inputs.sampled_rows.tolist() == [0, 3, 7, 8]
+    assert inputs.picked.spans.table.tolist() == [[0, 1, 4, 0], [1, 1, 6, 2], [2, 2, 1, 5]]
+    assert inputs.picked.spans.blocks.tolist() == [1, 2, 0, 7, 3, 4]
+
+
+def test_no_rows_are_picked_where_all_are_asked_for_or_a_prompt_is_scored() -> None:
+    assert build(PlanEntry("a", (1,), 2, (0,), GREEDY)).picked is None
+    scored = PlanEntry("a", (1, 2), 0, (0,), GREEDY, prompt_targets=(2,), num_prompt_top=0)
+    assert build(scored).picked is None
+    assert build(PlanEntry("a", (1, 2), 0, (0,), None)).picked is not None
+
+
 def test_spans_name_rows_positions_and_the_blocks_of_the_context_only() -> None:
     inputs = build(
         PlanEntry("long", (1,), 8, (9, 8, 7, 6, 5), None),
