@@ -12,6 +12,7 @@ from core.messages import (
     Accepted,
     AttemptFailed,
     CacheChanged,
+    CacheFlushed,
     Cancel,
     Command,
     Connect,
@@ -19,6 +20,7 @@ from core.messages import (
     Drain,
     Drained,
     Event,
+    FlushCache,
     Heartbeat,
     Load,
     PairDown,
@@ -91,6 +93,8 @@ def command(wire: worker_pb2.Command) -> Command:
             return Heartbeat(tuple(wire.heartbeat.live_transfer_ids))
         case "drain":
             return Drain(wire.drain.deadline_s)
+        case "flush_cache":
+            return FlushCache()
         case _:
             raise InvalidRequestError("command", wire.WhichOneof("command"), "is not one that this worker knows")
 
@@ -104,6 +108,7 @@ def _ticket(wire: worker_pb2.Ticket) -> Ticket:
         wire.decode_incarnation,
         wire.pair_epoch,
         wire_dtype(wire.kv_wire_dtype or "auto"),
+        wire.traceparent,
     )
 
 
@@ -142,7 +147,9 @@ def _work(wire: worker_pb2.Work) -> Work:
         logprobs=s.logprobs if s.HasField("logprobs") else None,
         prompt_logprobs=s.prompt_logprobs if s.HasField("prompt_logprobs") else None,
     )
-    return Work(tuple(wire.token_ids), wire.num_prompt_tokens, sampling, wire.prompt_offset, wire.cache_salt)
+    timeout_s = wire.timeout_s if wire.HasField("timeout_s") else None
+    offset, salt = wire.prompt_offset, wire.cache_salt
+    return Work(tuple(wire.token_ids), wire.num_prompt_tokens, sampling, offset, salt, timeout_s)
 
 
 def _record(wire: worker_pb2.CommitRecord) -> CommitRecord:
@@ -257,6 +264,8 @@ def _event(event: Event) -> worker_pb2.Event:
         case CacheChanged(stored, removed, cleared):
             changed = worker_pb2.CacheChanged(stored=stored, removed=removed, cleared=cleared)
             return worker_pb2.Event(cache_changed=changed)
+        case CacheFlushed(num_blocks):
+            return worker_pb2.Event(cache_flushed=worker_pb2.CacheFlushed(num_blocks=num_blocks))
         case Drained():
             return worker_pb2.Event(drained=worker_pb2.Drained())
 

@@ -13,12 +13,14 @@ from core.errors import IntegrityError, PenstockError, TransferError
 from core.messages import (
     Accept,
     AttemptFailed,
+    CacheFlushed,
     Cancel,
     Command,
     Connect,
     Disconnect,
     Drain,
     Drained,
+    FlushCache,
     Heartbeat,
     Load,
     PairDown,
@@ -32,6 +34,7 @@ from core.messages import (
     WorkerRole,
 )
 from core.ticket import AttemptKey, Ticket, engine_id
+from core.trace_context import log_fields
 from decode_worker.half import DecodeHalf
 from engine.engine import Engine
 from engine.plan import Plan, StepOutput, StepResult
@@ -96,6 +99,7 @@ class Worker:
         self._sessions: set[RouterSession] = set()
         self._owners: dict[AttemptKey, RouterSession] = {}
         self._parts: dict[AttemptKey, list[int]] = {}
+        self._deadlines: dict[AttemptKey, float] = {}
         self._draining_until: float | None = None
         self._stopped = False
         self._num_failed_steps = 0
@@ -193,6 +197,9 @@ class Worker:
         self._expire_at = now + EXPIRY_INTERVAL_S
         for key, reason in self._kv.expired(now):
             self._fail(key, reason, f"{reason.replace('_', ' ')} on worker {self._incarnation}")
+        for key in [key for key, deadline in self._deadlines.items() if now >= deadline]:
+            self._fail(key, "deadline_exceeded", "the deadline of the request is over")
+        self._deadlines = {key: deadline for key, deadline in self._deadlines.items() if self._is_live(key)}
         self._owners = {key: owner for key, owner in self._owners.items() if self._is_live(key) or key in self._parts}
         if not self._keys():
             self.check_integrity()  # nothing is wanted, so nothing may be held: a leak ends the worker, loudly
@@ -258,6 +265,8 @@ class Worker:
                 self._release(session, ticket.key)
             case Drain():
                 self._handle(command)
+            case FlushCache():
+                session.emit(CacheFlushed(self._engine.pool.flush()))
 
     def _admit(self, session: RouterSession, command: Reserve | Prefill) -> None:
         """Start an attempt, or say why not. Either way nothing is left half done."""
@@ -266,7 +275,10 @@ class Worker:
             return  # said again after a reconnect
         token_ids = self._parts.pop(key, []) + list(command.work.token_ids)
         self._owners[key] = session
+        if command.work.timeout_s is not None:
+            self._deadlines[key] = self._clock() + command.work.timeout_s
         self._end_older(ticket)
+        log.debug("request %s, attempt %d", ticket.request_id, ticket.attempt, extra=log_fields(ticket.traceparent))
         try:
             if refusal := self._refusal(command, token_ids):
                 session.emit(refusal)
@@ -281,6 +293,7 @@ class Worker:
         except PenstockError as error:
             self._drop(key)
             reason = error.reason if isinstance(error, TransferError) else "invalid"
+            log.info("request %s is refused: %s", ticket.request_id, error, extra=log_fields(ticket.traceparent))
             session.emit(AttemptFailed(key, reason, str(error)))
 
     def _end_older(self, ticket: Ticket) -> None:
@@ -334,6 +347,7 @@ class Worker:
     def _forget(self, key: AttemptKey) -> None:
         self._parts.pop(key, None)
         self._owners.pop(key, None)
+        self._deadlines.pop(key, None)
 
     def _is_live(self, key: AttemptKey) -> bool:
         return key in self._prefill or key in self._decode

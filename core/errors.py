@@ -59,6 +59,16 @@ class UnknownRequestError(PenstockError):
     code = ErrorCode.NOT_FOUND
 
 
+class UnknownWorkerError(PenstockError):
+    code = ErrorCode.NOT_FOUND
+
+    def __init__(self, worker_id: str, connected: Iterable[str]) -> None:
+        known = ", ".join(map(repr, connected))
+        super().__init__(
+            f"worker_id: got {shorten(worker_id)}, must be one of {known or 'none: no worker is connected'}"
+        )
+
+
 class OverloadedError(PenstockError):
     """Refused now; worth trying again after `retry_after_s`."""
 

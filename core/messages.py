@@ -117,7 +117,7 @@ class Work:
     """What to run. `token_ids` starts at `prompt_offset` (the tokens before came in PromptPart).
 
     `num_prompt_tokens` is the length of the client's own prompt; a resumed request's tokens go beyond it. Cached
-    prefixes are shared only among requests of the same `cache_salt`.
+    prefixes are shared only among requests of the same `cache_salt`. After `timeout_s` the worker ends the attempt.
     """
 
     token_ids: tuple[int, ...]
@@ -125,6 +125,7 @@ class Work:
     sampling: SamplingParams
     prompt_offset: int = 0
     cache_salt: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,14 @@ class Drain:
     deadline_s: float
 
 
-Command = Connect | Disconnect | PromptPart | Reserve | Prefill | Accept | Release | Cancel | Heartbeat | Drain
+@dataclass(frozen=True, slots=True)
+class FlushCache:
+    """Forget the prefixes that no request holds; answered by CacheFlushed, in order."""
+
+
+Command = (
+    Connect | Disconnect | PromptPart | Reserve | Prefill | Accept | Release | Cancel | Heartbeat | Drain | FlushCache
+)
 
 # ---- events
 
@@ -295,6 +303,13 @@ class Drained:
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class CacheFlushed:
+    """So many blocks were forgotten."""
+
+    num_blocks: int
+
+
 Event = (
     PairUp
     | PairDown
@@ -306,5 +321,6 @@ Event = (
     | StepTokens
     | AttemptFailed
     | CacheChanged
+    | CacheFlushed
     | Drained
 )

@@ -64,7 +64,7 @@ class Request:
     prefixes with requests that have another; `block_hashes` names its first full blocks, as far as somebody wanted to
     know. `prompt_logprobs` are those of the prompt's tokens from the second on, where they are asked for.
     `kv_wire_dtype` is the router's, for its tickets; `priority` (lower goes first) and `user` (whom the client asks
-    for) are for its queue.
+    for) are for its queue, `traceparent` for logs.
     """
 
     request_id: str
@@ -79,6 +79,7 @@ class Request:
     kv_wire_dtype: WireDtype = "auto"
     priority: int = 0
     user: str = ""
+    traceparent: str = ""
     num_cached_tokens: int | None = None
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

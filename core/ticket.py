@@ -18,6 +18,7 @@ class Ticket:
     """Minted by the router for one attempt at one request on one pair. Equal incarnations mean: no transfer.
 
     `kv_wire_dtype` says how K and V travel, so that both sides need no settings of their own that could differ.
+    `traceparent` is the trace context for what workers log.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Ticket:
     decode_incarnation: str
     pair_epoch: int
     kv_wire_dtype: WireDtype = "auto"
+    traceparent: str = ""
 
     @property
     def key(self) -> AttemptKey:

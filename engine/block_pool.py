@@ -118,6 +118,16 @@ class BlockPool:
         self._retired.clear()
         return num_blocks
 
+    def flush(self) -> int:
+        """Forget what cached blocks hold: they become empty. Returns how many. What requests hold stays known."""
+        num_blocks = len(self._cached)
+        for block in self._cached:
+            assert self.index is not None, "blocks are cached without an index"
+            self.index.remove(block)
+        self._empty += self._cached
+        self._cached.clear()
+        return num_blocks
+
     def check_integrity(self, live_request_ids: Collection[str]) -> None:
         """`IntegrityError` where a block is lost, is in two places, or is held for a request that is not live."""
         for request_id, table in self._tables.items():

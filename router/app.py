@@ -17,6 +17,8 @@ from core.clock import Clock
 from core.errors import ConfigError, PenstockError
 from core.model_info import ModelInfo
 from router import health
+from router.admin_service import ADMIN, AdminService, add_admin
+from router.cluster_watch import ClusterWatch
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.generation import Generator
@@ -79,11 +81,18 @@ class RouterApp:
             fingerprint=model.fingerprint or None,
             fleet=Fleet(config.placement.max_cached_blocks),
         )
-        self._health = Health(lambda: self.dispatcher.can_serve, [SERVICE])
+        self._health = Health(
+            {
+                "": lambda: self.dispatcher.can_serve,
+                SERVICE: lambda: self.dispatcher.can_serve,
+                **dict.fromkeys((REGISTRY, TRACES, ADMIN), lambda: True),
+            }
+        )
+        self._watch = ClusterWatch(lambda: self.dispatcher.info())
         name_of = self.workers.name_of
         recorder = TraceRecorder(config.max_request_traces, clock=clock, wall_clock=wall_clock, name_of=name_of)
         self._traces = TraceService(recorder, clock)
-        observer = Observers(MetricsObserver(self.metrics, self._health.on_change, name_of), recorder)
+        observer = Observers(MetricsObserver(self.metrics, self._on_cluster_change, name_of), recorder)
         self.dispatcher = Dispatcher(
             config.dispatch, workers=self.workers, clock=clock, observer=observer, placement=config.placement
         )
@@ -117,6 +126,7 @@ class RouterApp:
     async def stop(self, grace_s: float) -> None:
         """New requests are refused from now on; those that run have `grace_s`, then they are ended. Idempotent."""
         self._health.stop()
+        self._watch.stop()
         await asyncio.gather(
             *([self._grpc.stop(grace_s)] if self._grpc else []),
             *([self._http.stop(grace_s)] if self._http else []),
@@ -151,14 +161,16 @@ class RouterApp:
             validator=self._validator,
             generator=self._generator,
             dispatcher=self.dispatcher,
+            watch=self._watch,
             clock=self._clock,
             version=self._version,
         )
         add_to_server(service, server)
         RegistryService(self.workers).add_to(server)
         self._traces.add_to(server)
+        add_admin(AdminService(self.workers), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE, REGISTRY, TRACES, health.SERVICE, reflection.SERVICE_NAME)
+        names = (SERVICE, REGISTRY, TRACES, ADMIN, health.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         host, wanted = self._config.host, self._config.grpc_port
         try:
@@ -168,6 +180,10 @@ class RouterApp:
         await server.start()
         self.grpc_address = join_address(host, port)
         return server
+
+    def _on_cluster_change(self) -> None:
+        self._health.on_change()
+        self._watch.on_change()
 
     def _on_refusal(self, error: PenstockError) -> None:
         self.metrics.on_failure(error.code.name.lower())

@@ -287,6 +287,9 @@ class Dispatcher:
         self.counts.failures[failure.reason] += 1
         entry.failure = failure
         entry.num_failures += 1
+        if failure.reason == "deadline_exceeded":  # the worker's clock was a little ahead
+            self._end(entry, error=DeadlineExceededError(failure.message))
+            return
         if failure.reason == "grammar":  # it would fail anywhere
             grammar = entry.request.sampling.grammar
             self._end(

@@ -11,7 +11,14 @@ from typing import Any, NoReturn, cast
 
 import grpc
 
-from core.errors import ErrorCode, InvalidRequestError, OverloadedError, PenstockError, UnknownModelError
+from core.errors import (
+    ErrorCode,
+    InvalidRequestError,
+    OverloadedError,
+    PenstockError,
+    UnknownModelError,
+    UnknownWorkerError,
+)
 from penstock.status import DETAILS_KEY, ErrorDetails, pack_details
 
 _log = logging.getLogger(__name__)
@@ -63,19 +70,29 @@ async def aborting(context: grpc.aio.ServicerContext[Any, Any], request_id: str 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: PenstockError, request_id: str) -> NoReturn:
     code = grpc.StatusCode[error.code.grpc_status]
+    trailing = ((DETAILS_KEY, packed_status(error, request_id)),)
+    await context.abort(code, error.message, trailing_metadata=trailing)
+
+
+def packed_status(error: Exception, request_id: str) -> bytes:
+    """The google.rpc.Status of an error, serialized. What should not have happened is logged, and told as no more."""
+    if not isinstance(error, PenstockError):
+        _log.error("request %s failed", request_id or "(no id)", exc_info=error)
+        error = InternalServerError()
     details = ErrorDetails(
         reason=cast("str", getattr(error, "reason", "")),
         request_id=request_id or None,
         field=_field(error),
         retry_after_s=error.retry_after_s if isinstance(error, OverloadedError) else None,
     )
-    trailing = ((DETAILS_KEY, pack_details(code, error.message, details)),)
-    await context.abort(code, error.message, trailing_metadata=trailing)
+    return pack_details(grpc.StatusCode[error.code.grpc_status], error.message, details)
 
 
 def _field(error: PenstockError) -> str | None:
     if isinstance(error, UnknownModelError):
         return "model"
+    if isinstance(error, UnknownWorkerError):
+        return "worker_id"
     return error.field if isinstance(error, InvalidRequestError) else None
 
 

@@ -120,12 +120,19 @@ class AttemptFlow:
             decode_incarnation=route.decode,
             pair_epoch=route.epoch,
             kv_wire_dtype=request.kv_wire_dtype,
+            traceparent=request.traceparent,
         )
         token_ids = tuple(request.token_ids(0, request.num_tokens))
         sampling = request.sampling
         if request.output_token_ids:
             sampling = replace(sampling, prompt_logprobs=None)  # told with the first token
-        work = Work(token_ids, request.num_prompt_tokens, sampling, cache_salt=request.cache_salt)
+        work = Work(
+            token_ids,
+            request.num_prompt_tokens,
+            sampling,
+            cache_salt=request.cache_salt,
+            timeout_s=remaining_s(entry.deadline_timer),
+        )
         stage = Stage.PREFILLING if route.local else Stage.RESERVING
         entry.attempt = attempt = Attempt(ticket, work, stage, self._clock())
         ahead = self.learner.num_tokens_ahead(route.prefill)
@@ -381,6 +388,11 @@ class AttemptFlow:
 
 
 _REFUSABLE = (Stage.RESERVING, Stage.PREFILLING)
+
+
+def remaining_s(timer: asyncio.TimerHandle | None) -> float | None:
+    """Until `timer` goes off."""
+    return None if timer is None else max(0.001, timer.when() - asyncio.get_running_loop().time())
 
 
 def add_transfer(entry: Entry, transfer: TransferStats) -> None:

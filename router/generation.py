@@ -186,9 +186,9 @@ class Generator:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._validator.tokenize, prompt, add_special_tokens)
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones by their names."""
-        self._validator.check_token_ids("tokens", token_ids)
+    async def detokenize(self, token_ids: Sequence[int], field: str) -> str:
+        """The text of tokens, special ones by their names. `field` is what the client calls them."""
+        self._validator.check_token_ids(field, token_ids)
         if len(token_ids) <= _INLINE_CHARACTERS:
             return self._tokenizer.decode(token_ids, skip_special_tokens=False)
         loop = asyncio.get_running_loop()

@@ -1,9 +1,9 @@
-"""`grpc.health.v1`: SERVING for as long as some worker can serve."""
+"""`grpc.health.v1`: SERVING for as long as a service can serve."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc.aio
@@ -16,15 +16,14 @@ _Reply = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """Asks `can_serve` when it is asked, and, for those who watch, whenever `on_change` was called.
+    """Asks whether a service can serve when it is asked, and, for those who watch, whenever `on_change` was called.
 
-    Answers for the server as a whole ("") and for `services`, all alike. Unlike grpcio's own servicer, it lets go of
-    those who watch when the server stops, which else would wait for them.
+    `services` has a question for each by name, and one for the server as a whole (""). Unlike grpcio's own servicer, it
+    lets go of those who watch when the server stops, which else would wait for them.
     """
 
-    def __init__(self, can_serve: Callable[[], bool], services: Sequence[str]) -> None:
-        self._can_serve = can_serve
-        self._services = frozenset(("", *services))
+    def __init__(self, services: Mapping[str, Callable[[], bool]]) -> None:
+        self._services = services
         self._changed = asyncio.Event()
         self._stopping = False
 
@@ -57,4 +56,4 @@ class Health(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> Any:
         if service not in self._services:
             return _Reply.SERVICE_UNKNOWN
-        return _Reply.SERVING if self._can_serve() and not self._stopping else _Reply.NOT_SERVING
+        return _Reply.SERVING if self._services[service]() and not self._stopping else _Reply.NOT_SERVING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
@@ -11,14 +12,19 @@ from core.clock import Clock
 from core.errors import InvalidRequestError
 from core.model_info import ModelInfo
 from penstock.v1 import inference_pb2 as pb
+from router.cluster_watch import ClusterWatch
 from router.errors import aborting
 from router.generation import Generator
-from router.rpc_inference import generate_input, reader, to_model, to_response, to_server_info, to_started
+from router.merging import merge, start_all
+from router.rpc_cluster import to_change, to_load, to_model, to_server_info
+from router.rpc_inference import generate_input, prompt_of, reader, to_batch_response, to_response, to_started
 from router.stream import RequestDispatcher
-from router.validation import Validator
+from router.validation import Validator, ValidRequest
 from text.tokenizer import Tokenizer
 
 SERVICE = "penstock.v1.Inference"
+MAX_BATCH = 256
+"""Requests in one GenerateBatch."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
@@ -38,6 +44,7 @@ class InferenceService:
         validator: Validator,
         generator: Generator,
         dispatcher: RequestDispatcher,
+        watch: ClusterWatch,
         clock: Clock,
         version: str,
     ) -> None:
@@ -46,6 +53,7 @@ class InferenceService:
         self._validator = validator
         self._generator = generator
         self._dispatcher = dispatcher
+        self._watch = watch
         self._clock = clock
         self._started_s = clock()
         self._version = version
@@ -53,7 +61,7 @@ class InferenceService:
     async def generate(self, received: pb.GenerateRequest | InvalidRequestError, context: Context) -> None:
         request_id = "" if isinstance(received, InvalidRequestError) else received.request_id
         async with aborting(context, request_id):
-            wanted = generate_input(readable(received), context.time_remaining())
+            wanted = generate_input(readable(received), context.time_remaining(), traceparent_of(context))
             generation = self._generator.start(await self._generator.prepare(wanted))
             try:
                 await context.write(to_started(generation.started))
@@ -61,6 +69,71 @@ class InferenceService:
                     await context.write(to_response(event))
             finally:
                 generation.close()
+
+    async def generate_batch(self, received: pb.GenerateBatchRequest | InvalidRequestError, context: Context) -> None:
+        async with aborting(context):
+            valids = await self._prepare_batch(readable(received), context)
+            generations = start_all(self._generator, valids)
+            try:
+                for index, generation in enumerate(generations):
+                    await context.write(pb.GenerateBatchResponse(index=index, response=to_started(generation.started)))
+                async with aclosing(merge(generations)) as events:
+                    async for index, came in events:
+                        await context.write(to_batch_response(index, came, valids[index].request.request_id))
+            finally:
+                for generation in generations:
+                    generation.close()
+
+    async def _prepare_batch(self, request: pb.GenerateBatchRequest, context: Context) -> list[ValidRequest]:
+        """All are valid, or the first that is not is refused."""
+        if not 1 <= len(request.requests) <= MAX_BATCH:
+            raise InvalidRequestError("requests", f"{len(request.requests)} requests", f"must be 1 to {MAX_BATCH}")
+        remaining_s, traceparent = context.time_remaining(), traceparent_of(context)
+        valids = []
+        for index, each in enumerate(request.requests):
+            try:
+                valids.append(await self._generator.prepare(generate_input(each, remaining_s, traceparent)))
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"requests[{index}].{error.field}", error.value, error.fix) from error
+        return valids
+
+    async def tokenize(
+        self, received: pb.TokenizeRequest | InvalidRequestError, context: Context
+    ) -> pb.TokenizeResponse:
+        async with aborting(context):
+            request = readable(received)
+            self._validator.check_model(request.model)
+            special = request.add_special_tokens if request.HasField("add_special_tokens") else None
+            token_ids = await self._generator.tokenize(prompt_of(request), special)
+            names = map(self._generator.token_text, token_ids) if request.return_token_strs else ()
+            return pb.TokenizeResponse(token_ids=token_ids, token_strs=names, max_model_len=self._max_model_len)
+
+    async def detokenize(
+        self, received: pb.DetokenizeRequest | InvalidRequestError, context: Context
+    ) -> pb.DetokenizeResponse:
+        async with aborting(context):
+            request = readable(received)
+            self._validator.check_model(request.model)
+            return pb.DetokenizeResponse(text=await self._generator.detokenize(request.token_ids, "token_ids"))
+
+    async def list_models(
+        self, received: pb.ListModelsRequest | InvalidRequestError, context: Context
+    ) -> pb.ListModelsResponse:
+        async with aborting(context):
+            readable(received)
+            return pb.ListModelsResponse(models=[self._model_response()])
+
+    async def get_load(self, received: pb.GetLoadRequest | InvalidRequestError, context: Context) -> pb.GetLoadResponse:
+        async with aborting(context):
+            readable(received)
+            return to_load(self._dispatcher.info())
+
+    async def watch_cluster(self, received: pb.WatchClusterRequest | InvalidRequestError, context: Context) -> None:
+        async with aborting(context):
+            readable(received)
+            async with aclosing(self._watch.changes()) as changes:
+                async for change in changes:
+                    await context.write(to_change(change))
 
     async def cancel(self, received: pb.CancelRequest | InvalidRequestError, context: Context) -> pb.CancelResponse:
         async with aborting(context):
@@ -74,12 +147,7 @@ class InferenceService:
     ) -> pb.GetModelResponse:
         async with aborting(context):
             self._validator.check_model(readable(received).model)
-            limit = self._dispatcher.max_model_len or self._model.max_model_len
-            return to_model(
-                self._model,
-                max_model_len=min(limit, self._model.max_model_len),
-                has_chat_template=self._tokenizer.has_chat_template,
-            )
+            return self._model_response()
 
     async def get_server_info(
         self, received: pb.GetServerInfoRequest | InvalidRequestError, context: Context
@@ -93,6 +161,23 @@ class InferenceService:
                 uptime_s=self._clock() - self._started_s,
             )
 
+    @property
+    def _max_model_len(self) -> int:
+        return min(self._dispatcher.max_model_len or self._model.max_model_len, self._model.max_model_len)
+
+    def _model_response(self) -> pb.GetModelResponse:
+        return to_model(
+            self._model,
+            max_model_len=self._max_model_len,
+            has_chat_template=self._tokenizer.has_chat_template,
+        )
+
+
+def traceparent_of(context: Context) -> str:
+    """The caller's W3C trace context; empty where it sent none."""
+    metadata = context.invocation_metadata() or ()
+    return next((str(value) for key, value in metadata if key == "traceparent"), "")
+
 
 def readable(received: M | InvalidRequestError) -> M:
     if isinstance(received, InvalidRequestError):
@@ -100,7 +185,7 @@ def readable(received: M | InvalidRequestError) -> M:
     return received
 
 
-def _to_bytes(message: Message) -> bytes:
+def to_bytes(message: Message) -> bytes:
     return message.SerializeToString()
 
 
@@ -108,9 +193,15 @@ def add_to_server(service: InferenceService, server: grpc.aio.Server) -> None:
     """As the generated `add_InferenceServicer_to_server`, but a request that can't be read reaches its handler."""
     unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Generate": stream(service.generate, reader(pb.GenerateRequest), _to_bytes),
-        "Cancel": unary(service.cancel, reader(pb.CancelRequest), _to_bytes),
-        "GetModel": unary(service.get_model, reader(pb.GetModelRequest), _to_bytes),
-        "GetServerInfo": unary(service.get_server_info, reader(pb.GetServerInfoRequest), _to_bytes),
+        "Generate": stream(service.generate, reader(pb.GenerateRequest), to_bytes),
+        "GenerateBatch": stream(service.generate_batch, reader(pb.GenerateBatchRequest), to_bytes),
+        "Tokenize": unary(service.tokenize, reader(pb.TokenizeRequest), to_bytes),
+        "Detokenize": unary(service.detokenize, reader(pb.DetokenizeRequest), to_bytes),
+        "ListModels": unary(service.list_models, reader(pb.ListModelsRequest), to_bytes),
+        "GetLoad": unary(service.get_load, reader(pb.GetLoadRequest), to_bytes),
+        "WatchCluster": stream(service.watch_cluster, reader(pb.WatchClusterRequest), to_bytes),
+        "Cancel": unary(service.cancel, reader(pb.CancelRequest), to_bytes),
+        "GetModel": unary(service.get_model, reader(pb.GetModelRequest), to_bytes),
+        "GetServerInfo": unary(service.get_server_info, reader(pb.GetServerInfoRequest), to_bytes),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))

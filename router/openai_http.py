@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -98,7 +99,7 @@ class OpenAIApi:
 
     async def completions(self, request: Request) -> Response:
         body = parse_body(CompletionBody, await read_body(request))
-        return await self._answer(body, body.inputs(), COMPLETION, {"token_ids": "prompt"}, None)
+        return await self._answer(request, body, body.inputs(), COMPLETION, {"token_ids": "prompt"}, None)
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse_body(ChatBody, await read_body(request))
@@ -108,12 +109,20 @@ class OpenAIApi:
         self._validator.check_model(body.model or "")
         tools = self._tools.offered(body.tools, body.tool_choice)
         use = self._tools.use(body, tools)
-        return await self._answer(body, body.inputs(tools, use), CHAT, names, use)
+        return await self._answer(request, body, body.inputs(tools, use), CHAT, names, use)
 
     async def _answer(
-        self, body: Body, inputs: list[GenerateInput], form: Format, names: Renamed, use: ToolUse | None
+        self,
+        request: Request,
+        body: Body,
+        inputs: list[GenerateInput],
+        form: Format,
+        names: Renamed,
+        use: ToolUse | None,
     ) -> Answer:
         """All inputs are valid, or none is queued. `names` are the fields' names in this body."""
+        if traceparent := request.headers.get("traceparent"):
+            inputs = [replace(each, traceparent=traceparent) for each in inputs]
         with renamed(names):
             valids = await self._generator.prepare_all(inputs)
         writer = Writer(
@@ -153,7 +162,7 @@ class OpenAIApi:
     async def detokenize(self, request: Request) -> Response:
         body = parse_body(DetokenizeBody, await read_body(request))
         self._validator.check_model(body.model or "")
-        return json_response({"prompt": await self._generator.detokenize(body.tokens)})
+        return json_response({"prompt": await self._generator.detokenize(body.tokens, "tokens")})
 
     # ---- asking
 

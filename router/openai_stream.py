@@ -14,17 +14,14 @@ from starlette.types import Receive, Scope, Send
 
 from core.errors import PenstockError
 from router.errors import InternalServerError, http_error
-from router.generation import Done, Generation, Generator, TextDelta
+from router.generation import Generator, TextDelta
+from router.merging import Event, merge, start_all
 from router.openai_choices import Choice
 from router.openai_logprobs import Json
 from router.openai_responses import Writer
 from router.validation import ValidRequest
 
 _log = logging.getLogger(__name__)
-
-Event = TextDelta | Done
-Merged = asyncio.Queue[tuple[int, Event | Exception | None]]
-"""None marks the end of a choice."""
 
 
 class Choices:
@@ -34,15 +31,9 @@ class Choices:
         self, generator: Generator, valids: Sequence[ValidRequest], make_choice: Callable[[int, bool], Choice]
     ) -> None:
         """`make_choice(num_prompt_tokens, keep)` reads a choice."""
-        self._generations: list[Generation] = []
         self.prompts = [valid.request.prompt_token_ids for valid in valids]
         self._make_choice = make_choice
-        try:
-            for valid in valids:
-                self._generations.append(generator.start(valid))
-        except PenstockError:
-            self.close()
-            raise
+        self._generations = start_all(generator, valids)
 
     def readers(self, *, keep: bool) -> list[Choice]:
         return [self._make_choice(len(prompt), keep) for prompt in self.prompts]
@@ -53,37 +44,16 @@ class Choices:
             async for event in self._generations[0]:
                 yield 0, event
             return
-        merged: Merged = asyncio.Queue(len(self._generations))
-        pumps = [asyncio.create_task(_pump(i, each, merged)) for i, each in enumerate(self._generations)]
-        try:
-            running = len(pumps)
-            while running:
-                index, came = await merged.get()
-                if came is None:
-                    running -= 1
-                elif isinstance(came, Exception):
+        async with aclosing(merge(self._generations)) as events:
+            async for index, came in events:
+                if isinstance(came, Exception):
                     raise came
-                else:
-                    yield index, came
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+                yield index, came
 
     def close(self) -> None:
         """Cancels what has not ended. Idempotent."""
         for generation in self._generations:
             generation.close()
-
-
-async def _pump(index: int, generation: Generation, merged: Merged) -> None:
-    try:
-        async for event in generation:
-            await merged.put((index, event))
-    except Exception as error:  # noqa: BLE001 - raised again by who reads the queue
-        await merged.put((index, error))
-    else:
-        await merged.put((index, None))
 
 
 class Answer(Response, ABC):

@@ -10,6 +10,7 @@ from core.messages import (
     Connect,
     Disconnect,
     Drain,
+    FlushCache,
     Heartbeat,
     Prefill,
     PromptPart,
@@ -48,6 +49,8 @@ def command_to_wire(command: Command) -> pb.Command:
             return pb.Command(heartbeat=pb.Heartbeat(live_transfer_ids=live))
         case Drain(deadline_s):
             return pb.Command(drain=pb.Drain(deadline_s=deadline_s))
+        case FlushCache():
+            return pb.Command(flush_cache=pb.FlushCache())
 
 
 def layout_to_wire(layout: KVLayout) -> pb.KVLayout:
@@ -92,6 +95,7 @@ def _ticket(ticket: Ticket) -> pb.Ticket:
         decode_incarnation=ticket.decode_incarnation,
         pair_epoch=ticket.pair_epoch,
         kv_wire_dtype=ticket.kv_wire_dtype,
+        traceparent=ticket.traceparent,
     )
 
 
@@ -102,6 +106,7 @@ def _work(work: Work) -> pb.Work:
         num_prompt_tokens=work.num_prompt_tokens,
         sampling=_sampling(work.sampling),
         cache_salt=work.cache_salt,
+        timeout_s=work.timeout_s,
     )
 
 

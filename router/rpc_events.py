@@ -13,6 +13,7 @@ from core.messages import (
     Accepted,
     AttemptFailed,
     CacheChanged,
+    CacheFlushed,
     Drained,
     Event,
     Load,
@@ -202,6 +203,7 @@ _EVENTS: dict[str, Callable[[Any], Event]] = {
     "tokens": _tokens,
     "failed": lambda e: AttemptFailed((e.transfer_id, e.attempt), e.reason, e.message),
     "cache_changed": lambda e: CacheChanged(tuple(e.stored), tuple(e.removed), e.cleared),
+    "cache_flushed": lambda e: CacheFlushed(e.num_blocks),
     "drained": lambda _: Drained(),
 }
 

@@ -12,13 +12,12 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from core.errors import InvalidRequestError
 from core.logprobs import TokenLogprobs
-from core.messages import WorkerRole
-from core.model_info import ModelInfo
 from core.request import FinishReason
 from core.stats import RequestStats
+from penstock.v1 import details_pb2
 from penstock.v1 import inference_pb2 as pb
+from router.errors import packed_status
 from router.generation import Done, Started, TextDelta
-from router.info import ClusterInfo, PairInfo, WorkerInfo
 from router.validation import GenerateInput, Prompt, SamplingFields
 from text.chat_template import Chat, ChatMessage
 from text.grammar import JSON_OBJECT, Structure
@@ -28,11 +27,6 @@ M = TypeVar("M", bound=Message)
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-}
-_ROLES = {
-    WorkerRole.PREFILL: pb.WORKER_ROLE_PREFILL,
-    WorkerRole.DECODE: pb.WORKER_ROLE_DECODE,
-    WorkerRole.MIXED: pb.WORKER_ROLE_MIXED,
 }
 _OPTIONAL_SAMPLING = (
     *("temperature", "top_p", "top_k", "seed", "max_tokens", "min_tokens", "min_p"),
@@ -76,13 +70,13 @@ def _unknown_fields(message: Message) -> Iterator[str]:
                 yield from (f"{descriptor.name}[{i}].{path}" for path in _unknown_fields(item))
 
 
-def generate_input(request: pb.GenerateRequest, time_remaining_s: float | None) -> GenerateInput:
-    """`time_remaining_s` is what the call's own deadline leaves."""
+def generate_input(request: pb.GenerateRequest, time_remaining_s: float | None, traceparent: str = "") -> GenerateInput:
+    """`time_remaining_s` is what the call's own deadline leaves, `traceparent` the call's trace context."""
     timeouts = [request.timeout_s] if request.HasField("timeout_s") else []
     if time_remaining_s is not None:
         timeouts.append(time_remaining_s)
     return GenerateInput(
-        prompt=_prompt(request),
+        prompt=prompt_of(request),
         sampling=_sampling(request.sampling),
         model=request.model,
         request_id=request.request_id,
@@ -91,19 +85,21 @@ def generate_input(request: pb.GenerateRequest, time_remaining_s: float | None) 
         kv_wire_dtype=request.kv_wire_dtype,
         priority=request.priority,
         user=request.user,
+        traceparent=traceparent,
     )
 
 
-def _prompt(request: pb.GenerateRequest) -> Prompt:
+def prompt_of(request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
     match request.WhichOneof("input"):
         case "prompt":
             return request.prompt
-        case "token_ids":
+        case "token_ids" if isinstance(request, pb.GenerateRequest):
             return tuple(request.token_ids.ids)
         case "messages":
             return Chat(tuple(ChatMessage(m.role, m.content) for m in request.messages.messages))
         case _:
-            raise InvalidRequestError("prompt", None, "must be set, or else token_ids or messages")
+            others = "token_ids or messages" if isinstance(request, pb.GenerateRequest) else "messages"
+            raise InvalidRequestError("prompt", None, f"must be set, or else {others}")
 
 
 def _sampling(sampling: pb.SamplingParams) -> SamplingFields:
@@ -158,6 +154,14 @@ def to_response(event: TextDelta | Done) -> pb.GenerateResponse:
     )
 
 
+def to_batch_response(index: int, came: TextDelta | Done | Exception, request_id: str) -> pb.GenerateBatchResponse:
+    """An error becomes what a call of its own would have ended with."""
+    if isinstance(came, Exception):
+        status = details_pb2.Status.FromString(packed_status(came, request_id))
+        return pb.GenerateBatchResponse(index=index, error=status)
+    return pb.GenerateBatchResponse(index=index, response=to_response(came))
+
+
 def _logprobs(told: TokenLogprobs) -> pb.TokenLogprobs:
     return pb.TokenLogprobs(
         token_id=told.token_id,
@@ -173,53 +177,3 @@ def to_stats(stats: RequestStats) -> pb.RequestStats:
     known = pb.RequestStats.DESCRIPTOR.fields_by_name
     values: dict[str, Any] = {f.name: getattr(stats, f.name) for f in fields(stats) if f.name in known}
     return pb.RequestStats(**{name: value for name, value in values.items() if value is not None})
-
-
-def to_model(model: ModelInfo, *, max_model_len: int, has_chat_template: bool) -> pb.GetModelResponse:
-    return pb.GetModelResponse(
-        name=model.name,
-        architecture=model.architecture,
-        max_model_len=max_model_len,
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-        has_chat_template=has_chat_template,
-    )
-
-
-def to_server_info(info: ClusterInfo, *, version: str, model: str, uptime_s: float) -> pb.GetServerInfoResponse:
-    return pb.GetServerInfoResponse(
-        version=version,
-        model=model,
-        uptime_s=uptime_s,
-        num_queued=info.num_queued,
-        num_running=info.num_running,
-        workers=[_worker(worker) for worker in info.workers],
-        pairs=[_pair(pair) for pair in info.pairs],
-    )
-
-
-def _worker(worker: WorkerInfo) -> pb.WorkerInfo:
-    return pb.WorkerInfo(
-        worker_id=worker.worker_id,
-        incarnation=worker.incarnation,
-        role=_ROLES[worker.role],
-        address=worker.address,
-        connected=worker.connected,
-        draining=worker.draining,
-        num_running=worker.load.num_running,
-        num_waiting=worker.load.num_waiting,
-        num_blocks=worker.num_blocks,
-        num_free_blocks=worker.load.num_free_blocks,
-        device=worker.device,
-    )
-
-
-def _pair(pair: PairInfo) -> pb.PairInfo:
-    return pb.PairInfo(
-        prefill_worker=pair.prefill_worker,
-        decode_worker=pair.decode_worker,
-        epoch=pair.epoch,
-        up=pair.up,
-        reason=pair.reason,
-        transport=pair.transport,
-    )

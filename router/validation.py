@@ -16,6 +16,7 @@ from core.kv_layout import WireDtype, wire_dtype
 from core.model_info import ModelInfo
 from core.request import Request
 from core.sampling import SamplingParams
+from core.trace_context import child_of
 from text.chat_template import Chat
 from text.grammar import GrammarCompiler, Structure
 from text.tokenizer import Tokenizer
@@ -72,8 +73,8 @@ class GenerateInput:
     `kv_wire_dtype` is the router's.
 
     `default_max_tokens` holds where `max_tokens` is unset, as far as the model's length leaves so much. `priority` is
-    for the queue: lower goes first. `user` is whom the client asks for. Of a prompt longer than
-    `truncate_prompt_tokens` its end is taken.
+    for the queue: lower goes first. `user` is whom the client asks for. `traceparent` is ignored where
+    it makes no sense. Of a prompt longer than `truncate_prompt_tokens` its end is taken.
     """
 
     prompt: Prompt
@@ -86,6 +87,7 @@ class GenerateInput:
     kv_wire_dtype: str = ""
     priority: int = 0
     user: str = ""
+    traceparent: str = ""
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
 
@@ -211,6 +213,7 @@ class Validator:
             kv_wire_dtype=wire_dtype(wanted.kv_wire_dtype or self._kv_wire_dtype),
             priority=wanted.priority,
             user=wanted.user,
+            traceparent=child_of(wanted.traceparent, self._draw_bits) if wanted.traceparent else "",
         )
         return ValidRequest(request, fields.stop, wanted.timeout_s, *shown)
 

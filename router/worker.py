@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field, replace
 
-from core.messages import Load, WorkerHello
+from core.messages import FlushCache, Load, WorkerHello
 from router.info import WorkerInfo
 from router.rpc import Registration
 from router.session import Session
@@ -22,6 +23,8 @@ class Worker:
     load: Load = field(default_factory=Load)
     draining: bool = False
     problem: str = "not connected yet"
+    flushes: deque[asyncio.Future[int]] = field(default_factory=deque)
+    """Answers that are awaited, in the order in which they were asked for."""
 
     @property
     def incarnation(self) -> str:
@@ -30,6 +33,24 @@ class Worker:
     @property
     def hello(self) -> WorkerHello | None:
         return self.session.hello if self.session else None
+
+    def flush(self) -> asyncio.Future[int] | None:
+        """Have it forget the cached prefixes that no request holds; how many blocks those were. None where it is not
+        connected; the future is cancelled where its session ends before it answers."""
+        if self.session is None:
+            return None
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.flushes.append(answer)
+        self.session.send(FlushCache())
+        return answer
+
+    def on_flushed(self, num_blocks: int) -> None:
+        if self.flushes and not (answer := self.flushes.popleft()).done():
+            answer.set_result(num_blocks)
+
+    def forget_flushes(self) -> None:
+        while self.flushes:
+            self.flushes.popleft().cancel()
 
 
 def describe(worker: Worker, num_credits_used: int) -> WorkerInfo:

@@ -12,6 +12,7 @@ from typing import Protocol
 from core.clock import Clock
 from core.messages import (
     CacheChanged,
+    CacheFlushed,
     Command,
     Drain,
     Drained,
@@ -194,6 +195,11 @@ class Workers:
         worker.session.send(Drain(deadline_s))
         return True
 
+    def flush_prefix_cache(self, worker_id: str) -> asyncio.Future[int] | None:
+        """As `Worker.flush`; None as well where there is no such worker."""
+        worker = self._by_id.get(worker_id)
+        return worker.flush() if worker else None
+
     def problem(self) -> str:
         """Why no request can be served, in a clause; empty where one can."""
         if self.has_route:
@@ -297,6 +303,7 @@ class Workers:
         if worker.session is None:
             return
         worker.session = None
+        worker.forget_flushes()
         del self._connected[worker.incarnation]
         self._pairs.remove(worker.incarnation)
         self.fleet.remove(worker.incarnation)
@@ -337,6 +344,8 @@ class Workers:
             case PairDown(prefill, decode, epoch, reason):
                 if self._pairs.answer_down(event, self._clock()):
                     self._told().on_pair_down(prefill, decode, epoch, reason)
+            case CacheFlushed(num_blocks):
+                worker.on_flushed(num_blocks)
             case Drained():
                 self._take_no_work(worker)
             case CacheChanged():

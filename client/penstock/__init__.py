@@ -10,7 +10,10 @@ with Client("127.0.0.1:50051") as client:
 """
 
 from penstock.aio import AsyncClient, AsyncGeneration
+from penstock.aio_batch import AsyncBatch
+from penstock.batch import Batch
 from penstock.client import Client, Generation
+from penstock.cluster import ClusterChange, ClusterLoad, Tokens, WorkerLoad
 from penstock.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -21,6 +24,7 @@ from penstock.errors import (
     PenstockError,
     RequestCancelledError,
     UnavailableError,
+    WorkerNotFoundError,
 )
 from penstock.sampling import Sampling
 from penstock.traces import AttemptTrace, RequestTrace, Span
@@ -30,6 +34,7 @@ from penstock.types import (
     Message,
     ModelDescription,
     PairInfo,
+    Result,
     ServerInfo,
     Stats,
     TokenLogprobs,
@@ -39,11 +44,15 @@ from penstock.types import (
 )
 
 __all__ = [
+    "AsyncBatch",
     "AsyncClient",
     "AsyncGeneration",
     "AttemptTrace",
     "AuthenticationError",
+    "Batch",
     "Client",
+    "ClusterChange",
+    "ClusterLoad",
     "DeadlineExceededError",
     "Delta",
     "FinishReason",
@@ -58,13 +67,17 @@ __all__ = [
     "PenstockError",
     "RequestCancelledError",
     "RequestTrace",
+    "Result",
     "Sampling",
     "ServerInfo",
     "Span",
     "Stats",
     "TokenLogprobs",
+    "Tokens",
     "UnavailableError",
     "Usage",
     "WorkerInfo",
+    "WorkerLoad",
+    "WorkerNotFoundError",
     "WorkerRole",
 ]

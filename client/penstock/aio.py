@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 from weakref import WeakSet
 
 import grpc
 
-from penstock.base import ClientBase, GenerationBase
+from penstock.aio_batch import AsyncBatch, being_cancelled
+from penstock.base import ClientBase, GenerationBase, Metadata
+from penstock.batch import BatchProgress
+from penstock.cluster import ClusterChange, ClusterLoad, Tokens
 from penstock.errors import RequestCancelledError
 from penstock.progress import Progress
-from penstock.rpc import event_of, model_description, request_trace, server_info
+from penstock.rpc import (
+    cluster_change,
+    cluster_load,
+    event_of,
+    model_description,
+    request_trace,
+    server_info,
+    tokenize_request,
+    tokens,
+)
 from penstock.traces import RequestTrace
-from penstock.types import Delta, ModelDescription, ServerInfo
+from penstock.types import Delta, Message, ModelDescription, ServerInfo
+from penstock.v1 import admin_pb2, trace_pb2
 from penstock.v1 import inference_pb2 as pb
-from penstock.v1 import trace_pb2
+from penstock.v1.admin_pb2_grpc import AdminStub
 from penstock.v1.inference_pb2_grpc import InferenceStub
 from penstock.v1.trace_pb2_grpc import TracesStub
 
 if TYPE_CHECKING:
+    from penstock.aio_batch import BatchCall
+    from penstock.v1.admin_pb2_grpc import AdminAsyncStub
     from penstock.v1.inference_pb2_grpc import InferenceAsyncStub
     from penstock.v1.trace_pb2_grpc import TracesAsyncStub
 
@@ -72,7 +87,7 @@ class AsyncGeneration(GenerationBase):
                 return response if isinstance(response, pb.GenerateResponse) else None  # else: grpc.aio.EOF
             except asyncio.CancelledError:
                 await self.aclose()
-                if not _being_cancelled():
+                if not being_cancelled():
                     self._progress.open()
                 raise
             except grpc.RpcError as failure:
@@ -104,7 +119,7 @@ class AsyncGeneration(GenerationBase):
             self._loop.call_soon_threadsafe(call.cancel)
 
 
-class AsyncClient(ClientBase[AsyncGeneration]):
+class AsyncClient(ClientBase[AsyncGeneration, AsyncBatch]):
     """Penstock's client for asyncio, to be used in one event loop; it may be made before the loop runs.
 
     ```python
@@ -116,29 +131,37 @@ class AsyncClient(ClientBase[AsyncGeneration]):
 
     def _connect(self) -> None:
         self._channel: grpc.aio.Channel | None = None  # belongs to a loop: made when one runs
-        self._generations: WeakSet[AsyncGeneration] = WeakSet()
+        self._generations: WeakSet[AsyncGeneration | AsyncBatch] = WeakSet()
 
     @property
     def _stub(self) -> InferenceAsyncStub:
         return self._stubs[0]
 
     @property
-    def _stubs(self) -> tuple[InferenceAsyncStub, TracesAsyncStub]:
+    def _stubs(self) -> tuple[InferenceAsyncStub, TracesAsyncStub, AdminAsyncStub]:
         if self._channel is None:
             if self._credentials is None:
                 self._channel = grpc.aio.insecure_channel(self.target, self._options)
             else:
                 self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
-            self._made = InferenceStub(self._channel), TracesStub(self._channel)
+            self._made = InferenceStub(self._channel), TracesStub(self._channel), AdminStub(self._channel)
         return self._made
 
-    def _generation(self, request: pb.GenerateRequest, progress: Progress) -> AsyncGeneration:
+    def _generation(self, request: pb.GenerateRequest, progress: Progress, metadata: Metadata) -> AsyncGeneration:
         def start() -> Call:
-            return self._stub.Generate(request, **self._call_options(progress.remaining_s()))
+            return self._stub.Generate(request, **self._call_options(progress.remaining_s(), metadata))
 
         generation = AsyncGeneration(progress, start, self._sleep or asyncio.sleep)
         self._generations.add(generation)
         return generation
+
+    def _batch(self, request: pb.GenerateBatchRequest, progress: BatchProgress, metadata: Metadata) -> AsyncBatch:
+        def start() -> BatchCall:
+            return self._stub.GenerateBatch(request, **self._call_options(progress.remaining_s(), metadata))
+
+        batch = AsyncBatch(progress, start, self._sleep or asyncio.sleep)
+        self._generations.add(batch)
+        return batch
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a generation, anybody's. False where the server knows of none that is running."""
@@ -158,13 +181,69 @@ class AsyncClient(ClientBase[AsyncGeneration]):
         wire = trace_pb2.GetRequestTraceRequest(request_id=request_id)
         return request_trace(await self._ask(self._stubs[1].GetRequestTrace, wire, request_id))
 
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Message | Mapping[str, str]] | None = None,
+        model: str = "",
+        add_special_tokens: bool | None = None,
+        return_token_strs: bool = False,
+    ) -> Tokens:
+        """The tokens of a prompt, or of a chat by the model's template, as `generate` would see them."""
+        header = {
+            "model": model,
+            "add_special_tokens": add_special_tokens,
+            "return_token_strs": return_token_strs,
+        }
+        request = tokenize_request({"prompt": prompt, "messages": messages}, header)
+        return tokens(await self._ask(self._stub.Tokenize, request))
+
+    async def detokenize(self, token_ids: Iterable[int], *, model: str = "") -> str:
+        """The text of tokens, special ones by their names."""
+        request = pb.DetokenizeRequest(model=model, token_ids=token_ids)
+        return (await self._ask(self._stub.Detokenize, request)).text
+
+    async def models(self) -> tuple[ModelDescription, ...]:
+        """All models that are served."""
+        answer = await self._ask(self._stub.ListModels, pb.ListModelsRequest())
+        return tuple(map(model_description, answer.models))
+
+    async def load(self) -> ClusterLoad:
+        """How busy the server and its workers are; cheap, made to be asked often."""
+        return cluster_load(await self._ask(self._stub.GetLoad, pb.GetLoadRequest()))
+
+    async def watch_cluster(self) -> AsyncGenerator[ClusterChange]:
+        """The workers and pairs that there are, then every change of them, until the generator is closed or the server
+        goes away (`UnavailableError`). Load is no change: see `load`."""
+        call = self._stub.WatchCluster(pb.WatchClusterRequest(), **self._call_options(None))
+        try:
+            async for change in call:
+                yield cluster_change(change)
+        except grpc.RpcError as failure:
+            raise self._error(failure) from failure
+        finally:
+            call.cancel()
+
+    async def drain(self, worker_id: str, *, deadline_s: float | None = None) -> None:
+        """Give a worker no more work, and end it when what it has is over, or after `deadline_s` (30 by default).
+        Raises `WorkerNotFoundError`. `watch_cluster` tells when it is gone."""
+        await self._ask(self._stubs[2].Drain, admin_pb2.DrainRequest(worker_id=worker_id, deadline_s=deadline_s))
+
+    async def flush_prefix_cache(self, worker_id: str = "") -> dict[str, int]:
+        """Forget the cached prefixes that no running request holds, of one worker or of all. Tells how many blocks, by
+        worker. Raises `WorkerNotFoundError`."""
+        request = admin_pb2.FlushPrefixCacheRequest(worker_id=worker_id)
+        answer = await self._ask(self._stubs[2].FlushPrefixCache, request)
+        return {worker.worker_id: worker.num_blocks for worker in answer.workers}
+
     async def _ask(
         self, method: grpc.aio.UnaryUnaryMultiCallable[Req, Res], request: Req, request_id: str | None = None
     ) -> Res:
         try:
             return await method(request, **self._control_options())
         except asyncio.CancelledError:
-            if _being_cancelled():
+            if being_cancelled():
                 raise
             raise RequestCancelledError("this client was closed") from None
         except grpc.RpcError as failure:
@@ -185,9 +264,3 @@ class AsyncClient(ClientBase[AsyncGeneration]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-def _being_cancelled() -> bool:
-    """Whether it is the running task that is cancelled: gRPC raises CancelledError for a cancelled call as well."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -11,14 +11,15 @@ from typing import Any, Generic, TypeVar, Unpack
 
 import grpc
 
+from penstock.batch import BatchProgress
 from penstock.errors import InvalidRequestError, PenstockError
 from penstock.progress import Progress
 from penstock.retry import RetryPolicy
-from penstock.rpc import generate_request
+from penstock.rpc import batch_request, generate_request
 from penstock.sampling import Sampling, checked
 from penstock.status import error_from
 from penstock.types import FinishReason, Message, Stats, TokenLogprobs, Usage
-from penstock.v1.inference_pb2 import GenerateRequest
+from penstock.v1.inference_pb2 import GenerateBatchRequest, GenerateRequest
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 CONTROL_TIMEOUT_S = 10.0
@@ -78,9 +79,11 @@ class GenerationBase:
 
 
 G_co = TypeVar("G_co", bound=GenerationBase, covariant=True)
+B_co = TypeVar("B_co", covariant=True)
+Metadata = tuple[tuple[str, str], ...]
 
 
-class ClientBase(ABC, Generic[G_co]):
+class ClientBase(ABC, Generic[G_co, B_co]):
     """A connection to one server, made when it is first needed and kept.
 
     Args:
@@ -140,6 +143,7 @@ class ClientBase(ABC, Generic[G_co]):
         kv_wire_dtype: str = "",
         priority: int = 0,
         user: str = "",
+        metadata: Sequence[tuple[str, str]] = (),
         **sampling: Unpack[Sampling],
     ) -> G_co:
         """Start to generate from exactly one of `prompt`, `token_ids` and `messages` (a chat).
@@ -148,7 +152,8 @@ class ClientBase(ABC, Generic[G_co]):
         greedy; the text ends before the first of `stop`. `request_id` makes the generation known to `cancel`; an empty
         `model` is the one that is served. Requests share what the server has cached of prompts only under one
         `cache_salt`. `kv_wire_dtype` "int8" lets the server round K and V where it carries them from worker to worker,
-        "auto" forbids it. Requests of a lower `priority` go first; `user` is whom the client asks for.
+        "auto" forbids it. Requests of a lower `priority` go first; `user` is whom the client asks for. `metadata` is
+        sent with this call alone, such as a W3C `traceparent`.
         Raises `InvalidRequestError` here for what can't be sent; all other errors come out of the generation.
         """
         limit_s = self.timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
@@ -168,22 +173,72 @@ class ClientBase(ABC, Generic[G_co]):
         progress = Progress(
             request.request_id, target=self.target, timeout_s=limit_s, retry=self._retry, clock=self._clock
         )
-        return self._generation(request, progress)
+        return self._generation(request, progress, tuple(metadata))
 
     @abstractmethod
-    def _generation(self, request: GenerateRequest, progress: Progress) -> G_co:
+    def _generation(self, request: GenerateRequest, progress: Progress, metadata: Metadata) -> G_co:
         """Send the request for the first time."""
 
-    def _call_options(self, timeout_s: float | None) -> dict[str, Any]:
+    def generate_batch(
+        self,
+        prompts: Iterable[str | Sequence[int] | Sequence[Message | Mapping[str, str]]],
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+        cache_salt: str = "",
+        kv_wire_dtype: str = "",
+        priority: int = 0,
+        user: str = "",
+        metadata: Sequence[tuple[str, str]] = (),
+        **sampling: Unpack[Sampling],
+    ) -> B_co:
+        """Start to generate from many prompts in one call: texts, token ids, or chats. All are queued, or none.
+
+        The options are those of `generate`, and the same for all; with a `seed`, prompt i has `seed` + i.
+        """
+        limit_s = self.timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
+        header = {
+            "model": model,
+            "timeout_s": timeout_s if limit_s < math.inf else None,
+            "cache_salt": cache_salt,
+            "kv_wire_dtype": kv_wire_dtype,
+            "priority": priority,
+            "user": user,
+        }
+        options, requests = checked(sampling), []
+        for index, prompt in enumerate(prompts):
+            if (seed := sampling.get("seed")) is not None:
+                options["seed"] = seed + index
+            requests.append(generate_request(_input_of(prompt), header, options))
+        progress = BatchProgress(
+            len(requests), target=self.target, timeout_s=limit_s, retry=self._retry, clock=self._clock
+        )
+        return self._batch(batch_request(requests), progress, tuple(metadata))
+
+    @abstractmethod
+    def _batch(self, request: GenerateBatchRequest, progress: BatchProgress, metadata: Metadata) -> B_co:
+        """Send the request for the first time."""
+
+    def _call_options(self, timeout_s: float | None, metadata: Metadata = ()) -> dict[str, Any]:
         if self._closed:
             raise RuntimeError("this client is closed")
-        return {"timeout": timeout_s, "metadata": self._metadata, "wait_for_ready": self._wait_for_ready}
+        sent = (*self._metadata, *metadata)
+        return {"timeout": timeout_s, "metadata": sent, "wait_for_ready": self._wait_for_ready}
 
     def _control_options(self) -> dict[str, Any]:
         return self._call_options(min(self.timeout_s, CONTROL_TIMEOUT_S))
 
     def _error(self, failure: grpc.RpcError, request_id: str | None = None) -> PenstockError:
         return error_from(failure, target=self.target, request_id=request_id)
+
+
+def _input_of(prompt: object) -> dict[str, Any]:
+    """A prompt under the name that `generate` gives its kind."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, Sequence) and prompt:
+        return {"token_ids" if isinstance(prompt[0], int) else "messages": prompt}
+    raise InvalidRequestError(f"prompts: got {prompt!r}, must be texts, token ids or chats", "prompts")
 
 
 def _channel_options(keepalive_s: float, max_message_bytes: int) -> list[tuple[str, Any]]:

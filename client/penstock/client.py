@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 import grpc
 
-from penstock.base import ClientBase, GenerationBase
+from penstock.base import ClientBase, GenerationBase, Metadata
+from penstock.batch import Batch, BatchCall, BatchProgress
+from penstock.cluster import ClusterChange, ClusterLoad, Tokens
 from penstock.progress import Progress
-from penstock.rpc import event_of, model_description, request_trace, server_info
+from penstock.rpc import (
+    cluster_change,
+    cluster_load,
+    event_of,
+    model_description,
+    request_trace,
+    server_info,
+    tokenize_request,
+    tokens,
+)
 from penstock.traces import RequestTrace
-from penstock.types import Delta, ModelDescription, ServerInfo
+from penstock.types import Delta, Message, ModelDescription, ServerInfo
+from penstock.v1 import admin_pb2, trace_pb2
 from penstock.v1 import inference_pb2 as pb
-from penstock.v1 import trace_pb2
+from penstock.v1.admin_pb2_grpc import AdminStub
 from penstock.v1.inference_pb2_grpc import InferenceStub
 from penstock.v1.trace_pb2_grpc import TracesStub
 
@@ -89,7 +101,7 @@ class Generation(GenerationBase):
         self.close()
 
 
-class Client(ClientBase[Generation]):
+class Client(ClientBase[Generation, Batch]):
     """Penstock's client; threads may share one.
 
     ```python
@@ -105,12 +117,19 @@ class Client(ClientBase[Generation]):
         else:
             self._channel = grpc.secure_channel(self.target, self._credentials, self._options)
         self._stub, self._traces = InferenceStub(self._channel), TracesStub(self._channel)
+        self._admin = AdminStub(self._channel)
 
-    def _generation(self, request: pb.GenerateRequest, progress: Progress) -> Generation:
+    def _generation(self, request: pb.GenerateRequest, progress: Progress, metadata: Metadata) -> Generation:
         def start() -> Call:
-            return self._stub.Generate(request, **self._call_options(progress.remaining_s()))
+            return self._stub.Generate(request, **self._call_options(progress.remaining_s(), metadata))
 
         return Generation(progress, start, self._sleep or time.sleep)
+
+    def _batch(self, request: pb.GenerateBatchRequest, progress: BatchProgress, metadata: Metadata) -> Batch:
+        def start() -> BatchCall:
+            return self._stub.GenerateBatch(request, **self._call_options(progress.remaining_s(), metadata))
+
+        return Batch(progress, start, self._sleep or time.sleep)
 
     def cancel(self, request_id: str) -> bool:
         """Stop a generation, anybody's. False where the server knows of none that is running."""
@@ -129,6 +148,62 @@ class Client(ClientBase[Generation]):
         where the server knows of none of this id, or no longer does."""
         wire = trace_pb2.GetRequestTraceRequest(request_id=request_id)
         return request_trace(self._ask(self._traces.GetRequestTrace, wire, request_id))
+
+    def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Message | Mapping[str, str]] | None = None,
+        model: str = "",
+        add_special_tokens: bool | None = None,
+        return_token_strs: bool = False,
+    ) -> Tokens:
+        """The tokens of a prompt, or of a chat by the model's template, as `generate` would see them."""
+        header = {
+            "model": model,
+            "add_special_tokens": add_special_tokens,
+            "return_token_strs": return_token_strs,
+        }
+        request = tokenize_request({"prompt": prompt, "messages": messages}, header)
+        return tokens(self._ask(self._stub.Tokenize, request))
+
+    def detokenize(self, token_ids: Iterable[int], *, model: str = "") -> str:
+        """The text of tokens, special ones by their names."""
+        request = pb.DetokenizeRequest(model=model, token_ids=token_ids)
+        return self._ask(self._stub.Detokenize, request).text
+
+    def models(self) -> tuple[ModelDescription, ...]:
+        """All models that are served."""
+        answer = self._ask(self._stub.ListModels, pb.ListModelsRequest())
+        return tuple(map(model_description, answer.models))
+
+    def load(self) -> ClusterLoad:
+        """How busy the server and its workers are; cheap, made to be asked often."""
+        return cluster_load(self._ask(self._stub.GetLoad, pb.GetLoadRequest()))
+
+    def watch_cluster(self) -> Generator[ClusterChange]:
+        """The workers and pairs that there are, then every change of them, until the generator is closed or the server
+        goes away (`UnavailableError`). Load is no change: see `load`."""
+        call = self._stub.WatchCluster(pb.WatchClusterRequest(), **self._call_options(None))
+        try:
+            for change in call:
+                yield cluster_change(change)
+        except grpc.RpcError as failure:
+            raise self._error(failure) from failure
+        finally:
+            call.cancel()
+
+    def drain(self, worker_id: str, *, deadline_s: float | None = None) -> None:
+        """Give a worker no more work, and end it when what it has is over, or after `deadline_s` (30 by default).
+        Raises `WorkerNotFoundError`. `watch_cluster` tells when it is gone."""
+        self._ask(self._admin.Drain, admin_pb2.DrainRequest(worker_id=worker_id, deadline_s=deadline_s))
+
+    def flush_prefix_cache(self, worker_id: str = "") -> dict[str, int]:
+        """Forget the cached prefixes that no running request holds, of one worker or of all. Tells how many blocks, by
+        worker. Raises `WorkerNotFoundError`."""
+        request = admin_pb2.FlushPrefixCacheRequest(worker_id=worker_id)
+        answer = self._ask(self._admin.FlushPrefixCache, request)
+        return {worker.worker_id: worker.num_blocks for worker in answer.workers}
 
     def _ask(self, method: grpc.UnaryUnaryMultiCallable[Req, Res], request: Req, request_id: str | None = None) -> Res:
         try:

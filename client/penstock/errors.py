@@ -4,6 +4,7 @@ PenstockError
 ├── InvalidRequestError     the request can never succeed as it is (also a ValueError)
 ├── AuthenticationError     who are you?
 ├── ModelNotFoundError
+├── WorkerNotFoundError
 ├── OverloadedError         refused for now: `retry_after_s`
 ├── DeadlineExceededError   (also a TimeoutError)
 ├── RequestCancelledError
@@ -45,6 +46,12 @@ class AuthenticationError(PenstockError):
 
 class ModelNotFoundError(PenstockError):
     """The server does not serve this model; the message lists those it does."""
+
+    code = "NOT_FOUND"
+
+
+class WorkerNotFoundError(PenstockError):
+    """No worker of this name is connected; the message lists those that are."""
 
     code = "NOT_FOUND"
 

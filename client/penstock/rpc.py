@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message as WireMessage
 
+from penstock.cluster import ClusterChange, ClusterLoad, Tokens, WorkerLoad
 from penstock.errors import InvalidRequestError
 from penstock.traces import AttemptTrace, RequestTrace, Span
 from penstock.types import (
@@ -160,12 +161,54 @@ def _logprobs(wire: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
     )
 
 
+def tokenize_request(inputs: Mapping[str, Any], header: Mapping[str, Any]) -> pb.TokenizeRequest:
+    """As `generate_request`."""
+    request = pb.TokenizeRequest()
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "neither"
+        raise InvalidRequestError(f"prompt: give one of prompt and messages, got {got}", "prompt")
+    if given == ["messages"]:
+        _set_messages(request.messages, inputs["messages"])
+    else:
+        _set(request, "prompt", inputs["prompt"])
+    for field, value in header.items():
+        if value is not None:
+            _set(request, field, value)
+    return request
+
+
+def batch_request(requests: Iterable[pb.GenerateRequest]) -> pb.GenerateBatchRequest:
+    return pb.GenerateBatchRequest(requests=requests)
+
+
+def tokens(wire: pb.TokenizeResponse) -> Tokens:
+    return _read(wire, Tokens)
+
+
+def cluster_load(wire: pb.GetLoadResponse) -> ClusterLoad:
+    return _read(wire, ClusterLoad, workers=tuple(_read(worker, WorkerLoad) for worker in wire.workers))
+
+
+def cluster_change(wire: pb.WatchClusterResponse) -> ClusterChange:
+    return ClusterChange(
+        workers=tuple(_worker(worker) for worker in wire.workers),
+        pairs=tuple(_read(pair, PairInfo) for pair in wire.pairs),
+        gone_workers=tuple(wire.gone_workers),
+        gone_pairs=tuple((pair.prefill_worker, pair.decode_worker) for pair in wire.gone_pairs),
+    )
+
+
+def _worker(wire: pb.WorkerInfo) -> WorkerInfo:
+    return _read(wire, WorkerInfo, role=_ROLES.get(wire.role, WorkerRole.OTHER))
+
+
 def model_description(wire: pb.GetModelResponse) -> ModelDescription:
     return _read(wire, ModelDescription)
 
 
 def server_info(wire: pb.GetServerInfoResponse) -> ServerInfo:
-    workers = [_read(worker, WorkerInfo, role=_ROLES.get(worker.role, WorkerRole.OTHER)) for worker in wire.workers]
+    workers = [_worker(worker) for worker in wire.workers]
     pairs = [_read(pair, PairInfo) for pair in wire.pairs]
     return _read(wire, ServerInfo, workers=tuple(workers), pairs=tuple(pairs))
 

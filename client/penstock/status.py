@@ -25,6 +25,7 @@ from penstock.errors import (
     PenstockError,
     RequestCancelledError,
     UnavailableError,
+    WorkerNotFoundError,
 )
 from penstock.v1.details_pb2 import BadRequest, ErrorInfo, RetryInfo, Status
 
@@ -105,8 +106,25 @@ def error_from(
     trailing = cast("Iterable[tuple[str, str | bytes]]", failure.trailing_metadata() or ())
     packed = next((value for key, value in trailing if key == DETAILS_KEY), None)
     details = unpack_details(packed) if isinstance(packed, bytes) else ErrorDetails()
-    error = _error(failure.code(), failure.details() or failure.code().name, details, target, num_tokens)
-    error.code = failure.code().name
+    return _made(failure.code(), failure.details(), details, target, request_id, num_tokens)
+
+
+def error_of_status(status: Status, *, target: str) -> PenstockError:
+    """Our error for a failure that is part of an answer."""
+    code = next((code for code in grpc.StatusCode if code.value[0] == status.code), grpc.StatusCode.UNKNOWN)
+    return _made(code, status.message, unpack_details(status.SerializeToString()), target, None, None)
+
+
+def _made(
+    code: grpc.StatusCode,
+    message: str | None,
+    details: ErrorDetails,
+    target: str,
+    request_id: str | None,
+    num_tokens: int | None,
+) -> PenstockError:
+    error = _error(code, message or code.name, details, target, num_tokens)
+    error.code = code.name
     error.reason = details.reason
     error.request_id = details.request_id or request_id
     error.num_tokens = num_tokens or 0
@@ -117,6 +135,8 @@ def _error(
     code: grpc.StatusCode, message: str, details: ErrorDetails, target: str, num_tokens: int | None
 ) -> PenstockError:
     kind = _ERRORS.get(code, InternalError)
+    if kind is ModelNotFoundError and details.field == "worker_id":
+        kind = WorkerNotFoundError
     if kind is UnavailableError:
         message = f"{target} is unavailable: {message}"
     elif kind is DeadlineExceededError and "Deadline Exceeded" in message:  # gRPC's own words for it

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from penstock.errors import PenstockError
+
 
 class FinishReason(StrEnum):
     """Why a generation ended by itself. Cancel and failure are not among them: they are errors."""
@@ -103,6 +105,21 @@ class Stats:
         if not self.transfer_s or self.transfer_exposed_s is None:
             return None
         return min(1.0, max(0.0, 1.0 - self.transfer_exposed_s / self.transfer_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of one prompt of a batch. Where it failed, `error` says why, and the rest is what had come."""
+
+    request_id: str | None
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason | None
+    usage: Usage | None
+    stats: Stats | None
+    error: PenstockError | None = None
 
 
 @dataclass(frozen=True, slots=True)

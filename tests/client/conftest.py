@@ -9,7 +9,7 @@ from typing import Any
 import anyio.from_thread
 import pytest
 
-from penstock import AsyncClient, AsyncGeneration, Client, Delta, Generation
+from penstock import AsyncBatch, AsyncClient, AsyncGeneration, Batch, Client, Delta, Generation, Result
 from tests.client.fake_server import FakeServer
 
 AnyGeneration = Generation | AsyncGeneration
@@ -41,6 +41,31 @@ class Sdk:
 
     def close_generation(self, generation: AnyGeneration) -> None:
         self._run(generation.close if isinstance(generation, Generation) else generation.aclose)
+
+    def batch(self, prompts: Any, **options: Any) -> Batch | AsyncBatch:
+        started: Batch | AsyncBatch = self._run(lambda: self.client.generate_batch(prompts, **options))
+        return started
+
+    def results(self, batch: Batch | AsyncBatch) -> list[Result]:
+        results: list[Result] = batch.results if isinstance(batch, Batch) else self._run(batch.results)
+        return results
+
+    def next_of(self, iterator: Any) -> Any:
+        """Of a batch, or of any generator; None at its end."""
+        if hasattr(iterator, "__anext__"):
+            return self._run(anext, iterator, None)
+        return next(iterator, None)
+
+    def close_iterator(self, iterator: Any) -> None:
+        self._run(iterator.aclose if hasattr(iterator, "aclose") else iterator.close)
+
+    def run(self, ask: Callable[[Any], Any]) -> Any:
+        """What a call of the client answers."""
+        return ask(self.client) if isinstance(self.client, Client) else self._run(ask, self.client)
+
+    def start(self, begin: Callable[[Any], Any]) -> Any:
+        """A generator of the client's, not begun yet."""
+        return begin(self.client)
 
     def call(self, name: str, *args: Any) -> Any:
         """A method of the client other than `generate`."""

@@ -14,8 +14,10 @@ from typing import Any
 
 import grpc
 
+from penstock.status import ErrorDetails, pack_details
+from penstock.v1 import admin_pb2, trace_pb2
 from penstock.v1 import inference_pb2 as pb
-from penstock.v1 import trace_pb2
+from penstock.v1.admin_pb2_grpc import AdminServicer, add_AdminServicer_to_server
 from penstock.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 from penstock.v1.trace_pb2_grpc import TracesServicer, add_TracesServicer_to_server
 
@@ -23,6 +25,7 @@ DEADLINE_S = 20.0
 DETAILS_KEY = "grpc-status-details-bin"
 
 Script = Callable[[pb.GenerateRequest, Any], Iterator[pb.GenerateResponse]]
+BatchScript = Callable[[pb.GenerateBatchRequest, Any], Iterator[pb.GenerateBatchResponse]]
 
 
 def started(request_id: str = "req-1", seed: int = 7, num_prompt_tokens: int = 3) -> pb.GenerateResponse:
@@ -83,10 +86,14 @@ class FakeServer:
         self.cancelled: queue.Queue[str] = queue.Queue()
         """Prompts of held generations that the client gave up."""
         self.answers = Answers()
+        self.batches: queue.Queue[BatchScript] = queue.Queue()
+        self.asked: list[Any] = []
+        """Requests of the unary calls that are recorded."""
         self._scripts: queue.Queue[Script] = queue.Queue()
         self._server = grpc.server(ThreadPoolExecutor(16))
         add_InferenceServicer_to_server(_Servicer(self), self._server)
         add_TracesServicer_to_server(_Traces(self), self._server)
+        add_AdminServicer_to_server(_Admin(self), self._server)
         self.target = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
         self._server.start()
 
@@ -126,6 +133,8 @@ class Answers:
         self.running = {"req-1"}
         self.model = pb.GetModelResponse(name="tiny", architecture="Qwen3MoeForCausalLM", max_model_len=2048)
         self.traces: dict[str, trace_pb2.RequestTrace] = {}
+        self.load = pb.GetLoadResponse(num_queued=1, num_running=2)
+        self.changes: list[pb.WatchClusterResponse] = []
         self.server = pb.GetServerInfoResponse(version="0.1.0", model="tiny", uptime_s=1.5)
 
 
@@ -152,6 +161,57 @@ class _Servicer(InferenceServicer):
         self, request: pb.GetServerInfoRequest, context: Any
     ) -> pb.GetServerInfoResponse:
         return self._fake.answers.server
+
+    def GenerateBatch(  # noqa: N802
+        self, request: pb.GenerateBatchRequest, context: Any
+    ) -> Iterator[pb.GenerateBatchResponse]:
+        self._fake.asked.append(request)
+        self._fake.metadata.append(dict(context.invocation_metadata()))
+        yield from self._fake.batches.get(timeout=DEADLINE_S)(request, context)
+
+    def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
+        self._fake.asked.append(request)
+        return pb.TokenizeResponse(token_ids=[1, 2], token_strs=["a", "b"], max_model_len=2048)
+
+    def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:  # noqa: N802
+        return pb.DetokenizeResponse(text=" ".join(map(str, request.token_ids)))
+
+    def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
+        return pb.ListModelsResponse(models=[self._fake.answers.model])
+
+    def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:  # noqa: N802
+        return self._fake.answers.load
+
+    def WatchCluster(  # noqa: N802
+        self, request: pb.WatchClusterRequest, context: Any
+    ) -> Iterator[pb.WatchClusterResponse]:
+        yield from self._fake.answers.changes
+        gone = threading.Event()
+        if not context.add_callback(gone.set):
+            gone.set()
+        gone.wait(DEADLINE_S)
+        self._fake.cancelled.put("watch")
+
+
+class _Admin(AdminServicer):
+    def __init__(self, server: FakeServer) -> None:
+        self._fake = server
+
+    def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainResponse:  # noqa: N802
+        self._fake.asked.append(request)
+        if request.worker_id != "w0":
+            message = f"worker_id: got {request.worker_id!r}, must be one of 'w0'"
+            packed = pack_details(grpc.StatusCode.NOT_FOUND, message, ErrorDetails(field="worker_id"))
+            context.set_trailing_metadata(((DETAILS_KEY, packed),))
+            context.abort(grpc.StatusCode.NOT_FOUND, message)
+        return admin_pb2.DrainResponse()
+
+    def FlushPrefixCache(  # noqa: N802
+        self, request: admin_pb2.FlushPrefixCacheRequest, context: Any
+    ) -> admin_pb2.FlushPrefixCacheResponse:
+        names = [request.worker_id] if request.worker_id else ["w0", "w1"]
+        flushed = [admin_pb2.FlushedCache(worker_id=name, num_blocks=i) for i, name in enumerate(names, start=5)]
+        return admin_pb2.FlushPrefixCacheResponse(workers=flushed)
 
 
 class _Traces(TracesServicer):

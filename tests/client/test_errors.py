@@ -210,5 +210,5 @@ def test_message_over_the_servers_limit_is_the_callers_error_and_not_retried(sdk
 
 def test_every_error_of_the_package_is_in_one_tree() -> None:
     errors = [value for value in vars(penstock).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(errors) == 9
+    assert len(errors) == 10
     assert all(issubclass(error, PenstockError) for error in errors)

@@ -58,6 +58,7 @@ class Script:
     pairs_fail: int = 0
     pairs_permanent: bool = False
     num_cached_tokens: int = 0
+    num_cached_blocks: int = 0
     hello_incarnation: str | None = None
     wire_version: int = 1
 
@@ -322,6 +323,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     def _on_drain(self, drain: pb.Drain) -> None:
         self.say(pb.Event(drained=pb.Drained()), load=self.load(draining=True))
+
+    def _on_flush_cache(self, _: pb.FlushCache) -> None:
+        flushed = pb.CacheFlushed(num_blocks=self.script.num_cached_blocks)
+        self._answer("flush_cache", None, pb.Event(cache_flushed=flushed))
 
     # ---- small steps
 

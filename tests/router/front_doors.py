@@ -20,6 +20,7 @@ from core.logprobs import TokenLogprobs
 from core.model_info import ModelInfo, SamplingDefaults
 from core.request import FinishReason, Request
 from core.stats import RequestStats
+from router.cluster_watch import ClusterWatch
 from router.generation import Generator
 from router.http_server import HttpServer
 from router.inference_service import InferenceService, add_to_server
@@ -160,6 +161,7 @@ class FrontDoors:
     draw_bits: Callable[[int], int]
     clock: ManualClock
     refusals: list[PenstockError]
+    watch: ClusterWatch
 
 
 @contextmanager
@@ -183,7 +185,15 @@ def front_doors(
             on_refusal=refusals.append,
         )
         yield FrontDoors(
-            dispatcher, tokenizer, model, validator, generator, lambda _: next(bits), ManualClock(5.0), refusals
+            dispatcher,
+            tokenizer,
+            model,
+            validator,
+            generator,
+            lambda _: next(bits),
+            ManualClock(5.0),
+            refusals,
+            ClusterWatch(dispatcher.info),
         )
 
 
@@ -197,6 +207,7 @@ async def grpc_door(doors: FrontDoors) -> AsyncIterator[grpc.aio.Channel]:
         validator=doors.validator,
         generator=doors.generator,
         dispatcher=doors.dispatcher,
+        watch=doors.watch,
         clock=doors.clock,
         version="1.2.3",
     )
@@ -207,6 +218,7 @@ async def grpc_door(doors: FrontDoors) -> AsyncIterator[grpc.aio.Channel]:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield channel
     finally:
+        doors.watch.stop()
         await server.stop(None)
 
 

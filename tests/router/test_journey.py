@@ -44,6 +44,16 @@ async def test_the_ticket_says_how_kv_travels() -> None:
         await world.idle()
 
 
+async def test_both_workers_are_told_what_is_left_of_the_deadline() -> None:
+    async with pair_of_workers() as (world, prefill, decode):
+        await read(world.submit(PROMPT, 4, timeout_s=9.0))
+        [there], [here] = prefill.commands("prefill"), decode.commands("reserve")
+        assert 8.0 < there.work.timeout_s == here.work.timeout_s <= 9.0
+        await read(world.submit(PROMPT, 4, timeout_s=None))
+        assert not prefill.commands("prefill")[1].work.HasField("timeout_s")
+        await world.idle()
+
+
 async def test_prefill_is_not_sent_before_decode_has_reserved() -> None:
     async with pair_of_workers() as (world, prefill, decode):
         decode.pause("reserve")

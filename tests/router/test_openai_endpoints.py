@@ -148,6 +148,14 @@ async def test_priority_and_user_reach_the_queue(doors: FrontDoors, http: httpx.
     assert (request.priority, request.user) == (7, "ann")
 
 
+async def test_the_trace_of_the_call_goes_on_in_its_requests(doors: FrontDoors, http: httpx.AsyncClient) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c"
+    await http.post(COMPLETIONS, json={"prompt": ["a", "b"]}, headers={"traceparent": f"{trace}-b7ad6b7169203331-01"})
+    spans = [running.request.traceparent for running in doors.dispatcher.running]
+    assert [span.startswith(trace) for span in spans] == [True, True]
+    assert len(set(spans)) == 2
+
+
 async def test_a_prompt_is_cut_at_its_beginning(doors: FrontDoors, http: httpx.AsyncClient) -> None:
     await http.post(COMPLETIONS, json={"prompt": [5, 6, 7, 8], "truncate_prompt_tokens": 2})
     assert doors.dispatcher.running[0].request.prompt_token_ids == [7, 8]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from core.errors import InvalidRequestError, UnavailableError
+from core.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from core.events import LifecycleEvent
 from core.request import FinishReason
 from penstock.v1 import worker_pb2 as pb
@@ -134,6 +134,18 @@ async def test_the_only_worker_is_tried_again_though_it_failed() -> None:
     async with pair_of_workers() as (world, _, decode):
         decode.script.fail["reserve"] = 2
         assert (await read(world.submit(PROMPT, 4)))[0] == continuation(PROMPT, 4)
+        await world.idle()
+
+
+async def test_a_deadline_that_a_worker_saw_first_is_the_end_of_the_request() -> None:
+    async with pair_of_workers() as (world, prefill, _):
+        prefill.pause("prefill")
+        stream = world.submit(PROMPT, 4)
+        key = key_of((await prefill.until_received("prefill")).ticket)
+        prefill.forget(key)
+        prefill.say(failed(key, "deadline_exceeded"))
+        with pytest.raises(DeadlineExceededError):
+            await read(stream)
         await world.idle()
 
 

@@ -191,6 +191,8 @@ async def test_metrics_tell_of_requests_stages_and_workers(workers: tuple[FakeWo
 async def test_health_follows_the_workers(workers: tuple[FakeWorker, FakeWorker]) -> None:
     async with running_app() as (app, channel):
         assert [await check_health(channel, service) for service in ("", "penstock.v1.Inference")] == [NOT_SERVING] * 2
+        for service in ("penstock.v1.Admin", "penstock.v1.Registry", "penstock.v1.Traces"):
+            assert await check_health(channel, service) == SERVING
         async with cluster(channel, *workers):
             assert [await check_health(channel, service) for service in ("", "penstock.v1.Inference")] == [SERVING] * 2
             async with httpx.AsyncClient(base_url=f"http://{app.http_address}", timeout=WAIT_S) as http:
@@ -218,6 +220,7 @@ async def test_reflection_lists_the_services_and_describes_them() -> None:
         "penstock.v1.Inference",
         "penstock.v1.Registry",
         "penstock.v1.Traces",
+        "penstock.v1.Admin",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

@@ -10,6 +10,7 @@ from core.messages import (
     Accepted,
     AttemptFailed,
     CacheChanged,
+    CacheFlushed,
     Cancel,
     Command,
     Connect,
@@ -17,6 +18,7 @@ from core.messages import (
     Drain,
     Drained,
     Event,
+    FlushCache,
     Heartbeat,
     Load,
     PairDown,
@@ -137,6 +139,7 @@ COMMANDS: list[tuple[Command, pb.Command]] = [
     (Cancel(TICKET, "why"), pb.Command(cancel=pb.CancelAttempt(ticket=WIRE_TICKET, reason="why"))),
     (Heartbeat(("a", "b")), pb.Command(heartbeat=pb.Heartbeat(live_transfer_ids=["a", "b"]))),
     (Drain(2.5), pb.Command(drain=pb.Drain(deadline_s=2.5))),
+    (FlushCache(), pb.Command(flush_cache=pb.FlushCache())),
 ]
 
 KEY = ("t", 2)
@@ -199,6 +202,7 @@ EVENTS: list[tuple[pb.Event, Event]] = [
         pb.Event(failed=pb.AttemptFailed(transfer_id="t", attempt=2, reason="code", message="words")),
         AttemptFailed(KEY, "code", "words"),
     ),
+    (pb.Event(cache_flushed=pb.CacheFlushed(num_blocks=7)), CacheFlushed(7)),
     (pb.Event(drained=pb.Drained()), Drained()),
 ]
 

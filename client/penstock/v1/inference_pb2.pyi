@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import penstock.v1.details_pb2
 import sys
 import typing
 
@@ -780,3 +781,307 @@ class PairInfo(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["decode_worker", b"decode_worker", "epoch", b"epoch", "prefill_worker", b"prefill_worker", "reason", b"reason", "transport", b"transport", "up", b"up"]) -> None: ...
 
 Global___PairInfo: typing_extensions.TypeAlias = PairInfo
+
+@typing.final
+class GenerateBatchRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: builtins.int
+    @property
+    def requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GenerateRequest]:
+        """1 to 256"""
+
+    def __init__(
+        self,
+        *,
+        requests: collections.abc.Iterable[Global___GenerateRequest] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["requests", b"requests"]) -> None: ...
+
+Global___GenerateBatchRequest: typing_extensions.TypeAlias = GenerateBatchRequest
+
+@typing.final
+class GenerateBatchResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    RESPONSE_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """of the request"""
+    @property
+    def response(self) -> Global___GenerateResponse: ...
+    @property
+    def error(self) -> penstock.v1.details_pb2.Status:
+        """the last of this request"""
+
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        response: Global___GenerateResponse | None = ...,
+        error: penstock.v1.details_pb2.Status | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error", "event", b"event", "response", b"response"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "event", b"event", "index", b"index", "response", b"response"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["response", "error"] | None: ...
+
+Global___GenerateBatchResponse: typing_extensions.TypeAlias = GenerateBatchResponse
+
+@typing.final
+class TokenizeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    PROMPT_FIELD_NUMBER: builtins.int
+    MESSAGES_FIELD_NUMBER: builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
+    RETURN_TOKEN_STRS_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    prompt: builtins.str
+    add_special_tokens: builtins.bool
+    """default: true for a prompt, false for messages"""
+    return_token_strs: builtins.bool
+    @property
+    def messages(self) -> Global___Messages:
+        """through the chat template"""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        prompt: builtins.str = ...,
+        messages: Global___Messages | None = ...,
+        add_special_tokens: builtins.bool | None = ...,
+        return_token_strs: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "input", b"input", "messages", b"messages", "prompt", b"prompt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "input", b"input", "messages", b"messages", "model", b"model", "prompt", b"prompt", "return_token_strs", b"return_token_strs"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_add_special_tokens", b"_add_special_tokens"]) -> typing.Literal["add_special_tokens"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["input", b"input"]) -> typing.Literal["prompt", "messages"] | None: ...
+
+Global___TokenizeRequest: typing_extensions.TypeAlias = TokenizeRequest
+
+@typing.final
+class TokenizeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    TOKEN_STRS_FIELD_NUMBER: builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
+    max_model_len: builtins.int
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def token_strs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """the vocabulary's names of them, where asked for"""
+
+    def __init__(
+        self,
+        *,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        token_strs: collections.abc.Iterable[builtins.str] | None = ...,
+        max_model_len: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_model_len", b"max_model_len", "token_ids", b"token_ids", "token_strs", b"token_strs"]) -> None: ...
+
+Global___TokenizeResponse: typing_extensions.TypeAlias = TokenizeResponse
+
+@typing.final
+class DetokenizeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "token_ids", b"token_ids"]) -> None: ...
+
+Global___DetokenizeRequest: typing_extensions.TypeAlias = DetokenizeRequest
+
+@typing.final
+class DetokenizeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """special tokens by their names"""
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["text", b"text"]) -> None: ...
+
+Global___DetokenizeResponse: typing_extensions.TypeAlias = DetokenizeResponse
+
+@typing.final
+class ListModelsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ListModelsRequest: typing_extensions.TypeAlias = ListModelsRequest
+
+@typing.final
+class ListModelsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: builtins.int
+    @property
+    def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GetModelResponse]: ...
+    def __init__(
+        self,
+        *,
+        models: collections.abc.Iterable[Global___GetModelResponse] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["models", b"models"]) -> None: ...
+
+Global___ListModelsResponse: typing_extensions.TypeAlias = ListModelsResponse
+
+@typing.final
+class GetLoadRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___GetLoadRequest: typing_extensions.TypeAlias = GetLoadRequest
+
+@typing.final
+class GetLoadResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_QUEUED_FIELD_NUMBER: builtins.int
+    NUM_RUNNING_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
+    num_queued: builtins.int
+    num_running: builtins.int
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___WorkerLoad]:
+        """those connected"""
+
+    def __init__(
+        self,
+        *,
+        num_queued: builtins.int = ...,
+        num_running: builtins.int = ...,
+        workers: collections.abc.Iterable[Global___WorkerLoad] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_queued", b"num_queued", "num_running", b"num_running", "workers", b"workers"]) -> None: ...
+
+Global___GetLoadResponse: typing_extensions.TypeAlias = GetLoadResponse
+
+@typing.final
+class WorkerLoad(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    NUM_RUNNING_FIELD_NUMBER: builtins.int
+    NUM_WAITING_FIELD_NUMBER: builtins.int
+    NUM_HELD_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_FREE_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_WAITING_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_PREEMPTIONS_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
+    worker_id: builtins.str
+    num_running: builtins.int
+    num_waiting: builtins.int
+    num_held: builtins.int
+    num_blocks: builtins.int
+    num_free_blocks: builtins.int
+    num_waiting_tokens: builtins.int
+    """of prompts, not yet computed"""
+    num_preemptions: builtins.int
+    draining: builtins.bool
+    def __init__(
+        self,
+        *,
+        worker_id: builtins.str = ...,
+        num_running: builtins.int = ...,
+        num_waiting: builtins.int = ...,
+        num_held: builtins.int = ...,
+        num_blocks: builtins.int = ...,
+        num_free_blocks: builtins.int = ...,
+        num_waiting_tokens: builtins.int = ...,
+        num_preemptions: builtins.int = ...,
+        draining: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "worker_id", b"worker_id"]) -> None: ...
+
+Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad
+
+@typing.final
+class WatchClusterRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___WatchClusterRequest: typing_extensions.TypeAlias = WatchClusterRequest
+
+@typing.final
+class WatchClusterResponse(google.protobuf.message.Message):
+    """The first holds everything, each further one what has changed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: builtins.int
+    PAIRS_FIELD_NUMBER: builtins.int
+    GONE_WORKERS_FIELD_NUMBER: builtins.int
+    GONE_PAIRS_FIELD_NUMBER: builtins.int
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___WorkerInfo]:
+        """new, or not what they were"""
+
+    @property
+    def pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PairInfo]: ...
+    @property
+    def gone_workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """by worker_id"""
+
+    @property
+    def gone_pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PairName]: ...
+    def __init__(
+        self,
+        *,
+        workers: collections.abc.Iterable[Global___WorkerInfo] | None = ...,
+        pairs: collections.abc.Iterable[Global___PairInfo] | None = ...,
+        gone_workers: collections.abc.Iterable[builtins.str] | None = ...,
+        gone_pairs: collections.abc.Iterable[Global___PairName] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["gone_pairs", b"gone_pairs", "gone_workers", b"gone_workers", "pairs", b"pairs", "workers", b"workers"]) -> None: ...
+
+Global___WatchClusterResponse: typing_extensions.TypeAlias = WatchClusterResponse
+
+@typing.final
+class PairName(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PREFILL_WORKER_FIELD_NUMBER: builtins.int
+    DECODE_WORKER_FIELD_NUMBER: builtins.int
+    prefill_worker: builtins.str
+    decode_worker: builtins.str
+    def __init__(
+        self,
+        *,
+        prefill_worker: builtins.str = ...,
+        decode_worker: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_worker", b"decode_worker", "prefill_worker", b"prefill_worker"]) -> None: ...
+
+Global___PairName: typing_extensions.TypeAlias = PairName

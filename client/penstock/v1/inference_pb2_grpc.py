@@ -44,6 +44,36 @@ class InferenceStub(object):
                 request_serializer=penstock_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
                 response_deserializer=penstock_dot_v1_dot_inference__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.unary_stream(
+                '/penstock.v1.Inference/GenerateBatch',
+                request_serializer=penstock_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/penstock.v1.Inference/Tokenize',
+                request_serializer=penstock_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/penstock.v1.Inference/Detokenize',
+                request_serializer=penstock_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/penstock.v1.Inference/ListModels',
+                request_serializer=penstock_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/penstock.v1.Inference/GetLoad',
+                request_serializer=penstock_dot_v1_dot_inference__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_inference__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
+        self.WatchCluster = channel.unary_stream(
+                '/penstock.v1.Inference/WatchCluster',
+                request_serializer=penstock_dot_v1_dot_inference__pb2.WatchClusterRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_inference__pb2.WatchClusterResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/penstock.v1.Inference/GetModel',
                 request_serializer=penstock_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
@@ -73,6 +103,46 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateBatch(self, request, context):
+        """Streams the responses of many requests as they come, each behind the index of its request. All are queued, or none.
+        One that fails afterwards has its error instead of a Finished; the others go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """How busy router and workers are: cheap, made to be asked often.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchCluster(self, request, context):
+        """Streams the workers and pairs that there are, then every change of them. Load is no change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModel(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -97,6 +167,36 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=penstock_dot_v1_dot_inference__pb2.CancelRequest.FromString,
                     response_serializer=penstock_dot_v1_dot_inference__pb2.CancelResponse.SerializeToString,
+            ),
+            'GenerateBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=penstock_dot_v1_dot_inference__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_inference__pb2.GenerateBatchResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=penstock_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=penstock_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=penstock_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=penstock_dot_v1_dot_inference__pb2.GetLoadRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_inference__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'WatchCluster': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCluster,
+                    request_deserializer=penstock_dot_v1_dot_inference__pb2.WatchClusterRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_inference__pb2.WatchClusterResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -163,6 +263,168 @@ class Inference(object):
             '/penstock.v1.Inference/Cancel',
             penstock_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
             penstock_dot_v1_dot_inference__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/penstock.v1.Inference/GenerateBatch',
+            penstock_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+            penstock_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.Inference/Tokenize',
+            penstock_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            penstock_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.Inference/Detokenize',
+            penstock_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            penstock_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.Inference/ListModels',
+            penstock_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
+            penstock_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.Inference/GetLoad',
+            penstock_dot_v1_dot_inference__pb2.GetLoadRequest.SerializeToString,
+            penstock_dot_v1_dot_inference__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/penstock.v1.Inference/WatchCluster',
+            penstock_dot_v1_dot_inference__pb2.WatchClusterRequest.SerializeToString,
+            penstock_dot_v1_dot_inference__pb2.WatchClusterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,102 @@ _InferenceCancelType = typing_extensions.TypeVar(
     ],
 )
 
+_InferenceGenerateBatchType = typing_extensions.TypeVar(
+    '_InferenceGenerateBatchType',
+    grpc.UnaryStreamMultiCallable[
+        penstock.v1.inference_pb2.GenerateBatchRequest,
+        penstock.v1.inference_pb2.GenerateBatchResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        penstock.v1.inference_pb2.GenerateBatchRequest,
+        penstock.v1.inference_pb2.GenerateBatchResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        penstock.v1.inference_pb2.GenerateBatchRequest,
+        penstock.v1.inference_pb2.GenerateBatchResponse,
+    ],
+)
+
+_InferenceTokenizeType = typing_extensions.TypeVar(
+    '_InferenceTokenizeType',
+    grpc.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.TokenizeRequest,
+        penstock.v1.inference_pb2.TokenizeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.TokenizeRequest,
+        penstock.v1.inference_pb2.TokenizeResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.TokenizeRequest,
+        penstock.v1.inference_pb2.TokenizeResponse,
+    ],
+)
+
+_InferenceDetokenizeType = typing_extensions.TypeVar(
+    '_InferenceDetokenizeType',
+    grpc.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.DetokenizeRequest,
+        penstock.v1.inference_pb2.DetokenizeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.DetokenizeRequest,
+        penstock.v1.inference_pb2.DetokenizeResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.DetokenizeRequest,
+        penstock.v1.inference_pb2.DetokenizeResponse,
+    ],
+)
+
+_InferenceListModelsType = typing_extensions.TypeVar(
+    '_InferenceListModelsType',
+    grpc.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.ListModelsRequest,
+        penstock.v1.inference_pb2.ListModelsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.ListModelsRequest,
+        penstock.v1.inference_pb2.ListModelsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.ListModelsRequest,
+        penstock.v1.inference_pb2.ListModelsResponse,
+    ],
+)
+
+_InferenceGetLoadType = typing_extensions.TypeVar(
+    '_InferenceGetLoadType',
+    grpc.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.GetLoadRequest,
+        penstock.v1.inference_pb2.GetLoadResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.GetLoadRequest,
+        penstock.v1.inference_pb2.GetLoadResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.GetLoadRequest,
+        penstock.v1.inference_pb2.GetLoadResponse,
+    ],
+)
+
+_InferenceWatchClusterType = typing_extensions.TypeVar(
+    '_InferenceWatchClusterType',
+    grpc.UnaryStreamMultiCallable[
+        penstock.v1.inference_pb2.WatchClusterRequest,
+        penstock.v1.inference_pb2.WatchClusterResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        penstock.v1.inference_pb2.WatchClusterRequest,
+        penstock.v1.inference_pb2.WatchClusterResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        penstock.v1.inference_pb2.WatchClusterRequest,
+        penstock.v1.inference_pb2.WatchClusterResponse,
+    ],
+)
+
 _InferenceGetModelType = typing_extensions.TypeVar(
     '_InferenceGetModelType',
     grpc.UnaryUnaryMultiCallable[
@@ -89,7 +185,7 @@ _InferenceGetServerInfoType = typing_extensions.TypeVar(
     ],
 )
 
-class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceCancelType, _InferenceGetModelType, _InferenceGetServerInfoType]):
+class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceCancelType, _InferenceGenerateBatchType, _InferenceTokenizeType, _InferenceDetokenizeType, _InferenceListModelsType, _InferenceGetLoadType, _InferenceWatchClusterType, _InferenceGetModelType, _InferenceGetServerInfoType]):
     @typing.overload
     def __init__(self: InferenceStub[
         grpc.UnaryStreamMultiCallable[
@@ -99,6 +195,30 @@ class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceCancelType,
         grpc.UnaryUnaryMultiCallable[
             penstock.v1.inference_pb2.CancelRequest,
             penstock.v1.inference_pb2.CancelResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            penstock.v1.inference_pb2.GenerateBatchRequest,
+            penstock.v1.inference_pb2.GenerateBatchResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            penstock.v1.inference_pb2.TokenizeRequest,
+            penstock.v1.inference_pb2.TokenizeResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            penstock.v1.inference_pb2.DetokenizeRequest,
+            penstock.v1.inference_pb2.DetokenizeResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            penstock.v1.inference_pb2.ListModelsRequest,
+            penstock.v1.inference_pb2.ListModelsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            penstock.v1.inference_pb2.GetLoadRequest,
+            penstock.v1.inference_pb2.GetLoadResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            penstock.v1.inference_pb2.WatchClusterRequest,
+            penstock.v1.inference_pb2.WatchClusterResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             penstock.v1.inference_pb2.GetModelRequest,
@@ -120,6 +240,30 @@ class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceCancelType,
             penstock.v1.inference_pb2.CancelRequest,
             penstock.v1.inference_pb2.CancelResponse,
         ],
+        grpc.aio.UnaryStreamMultiCallable[
+            penstock.v1.inference_pb2.GenerateBatchRequest,
+            penstock.v1.inference_pb2.GenerateBatchResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            penstock.v1.inference_pb2.TokenizeRequest,
+            penstock.v1.inference_pb2.TokenizeResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            penstock.v1.inference_pb2.DetokenizeRequest,
+            penstock.v1.inference_pb2.DetokenizeResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            penstock.v1.inference_pb2.ListModelsRequest,
+            penstock.v1.inference_pb2.ListModelsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            penstock.v1.inference_pb2.GetLoadRequest,
+            penstock.v1.inference_pb2.GetLoadResponse,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            penstock.v1.inference_pb2.WatchClusterRequest,
+            penstock.v1.inference_pb2.WatchClusterResponse,
+        ],
         grpc.aio.UnaryUnaryMultiCallable[
             penstock.v1.inference_pb2.GetModelRequest,
             penstock.v1.inference_pb2.GetModelResponse,
@@ -136,6 +280,23 @@ class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceCancelType,
     Cancel: _InferenceCancelType
     """Stops a running request. Idempotent: cancelling an unknown or finished request answers found = false."""
 
+    GenerateBatch: _InferenceGenerateBatchType
+    """Streams the responses of many requests as they come, each behind the index of its request. All are queued, or none.
+    One that fails afterwards has its error instead of a Finished; the others go on.
+    """
+
+    Tokenize: _InferenceTokenizeType
+
+    Detokenize: _InferenceDetokenizeType
+
+    ListModels: _InferenceListModelsType
+
+    GetLoad: _InferenceGetLoadType
+    """How busy router and workers are: cheap, made to be asked often."""
+
+    WatchCluster: _InferenceWatchClusterType
+    """Streams the workers and pairs that there are, then every change of them. Load is no change."""
+
     GetModel: _InferenceGetModelType
 
     GetServerInfo: _InferenceGetServerInfoType
@@ -148,6 +309,30 @@ InferenceAsyncStub: typing_extensions.TypeAlias = InferenceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         penstock.v1.inference_pb2.CancelRequest,
         penstock.v1.inference_pb2.CancelResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        penstock.v1.inference_pb2.GenerateBatchRequest,
+        penstock.v1.inference_pb2.GenerateBatchResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.TokenizeRequest,
+        penstock.v1.inference_pb2.TokenizeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.DetokenizeRequest,
+        penstock.v1.inference_pb2.DetokenizeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.ListModelsRequest,
+        penstock.v1.inference_pb2.ListModelsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.inference_pb2.GetLoadRequest,
+        penstock.v1.inference_pb2.GetLoadResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        penstock.v1.inference_pb2.WatchClusterRequest,
+        penstock.v1.inference_pb2.WatchClusterResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         penstock.v1.inference_pb2.GetModelRequest,
@@ -175,6 +360,53 @@ class InferenceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[penstock.v1.inference_pb2.CancelResponse, collections.abc.Awaitable[penstock.v1.inference_pb2.CancelResponse]]:
         """Stops a running request. Idempotent: cancelling an unknown or finished request answers found = false."""
+
+    @abc.abstractmethod
+    def GenerateBatch(
+        self,
+        request: penstock.v1.inference_pb2.GenerateBatchRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[penstock.v1.inference_pb2.GenerateBatchResponse], collections.abc.AsyncIterator[penstock.v1.inference_pb2.GenerateBatchResponse]]:
+        """Streams the responses of many requests as they come, each behind the index of its request. All are queued, or none.
+        One that fails afterwards has its error instead of a Finished; the others go on.
+        """
+
+    @abc.abstractmethod
+    def Tokenize(
+        self,
+        request: penstock.v1.inference_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[penstock.v1.inference_pb2.TokenizeResponse, collections.abc.Awaitable[penstock.v1.inference_pb2.TokenizeResponse]]: ...
+
+    @abc.abstractmethod
+    def Detokenize(
+        self,
+        request: penstock.v1.inference_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[penstock.v1.inference_pb2.DetokenizeResponse, collections.abc.Awaitable[penstock.v1.inference_pb2.DetokenizeResponse]]: ...
+
+    @abc.abstractmethod
+    def ListModels(
+        self,
+        request: penstock.v1.inference_pb2.ListModelsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[penstock.v1.inference_pb2.ListModelsResponse, collections.abc.Awaitable[penstock.v1.inference_pb2.ListModelsResponse]]: ...
+
+    @abc.abstractmethod
+    def GetLoad(
+        self,
+        request: penstock.v1.inference_pb2.GetLoadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[penstock.v1.inference_pb2.GetLoadResponse, collections.abc.Awaitable[penstock.v1.inference_pb2.GetLoadResponse]]:
+        """How busy router and workers are: cheap, made to be asked often."""
+
+    @abc.abstractmethod
+    def WatchCluster(
+        self,
+        request: penstock.v1.inference_pb2.WatchClusterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[penstock.v1.inference_pb2.WatchClusterResponse], collections.abc.AsyncIterator[penstock.v1.inference_pb2.WatchClusterResponse]]:
+        """Streams the workers and pairs that there are, then every change of them. Load is no change."""
 
     @abc.abstractmethod
     def GetModel(

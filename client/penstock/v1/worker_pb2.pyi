@@ -327,6 +327,7 @@ class Ticket(google.protobuf.message.Message):
     DECODE_INCARNATION_FIELD_NUMBER: builtins.int
     PAIR_EPOCH_FIELD_NUMBER: builtins.int
     KV_WIRE_DTYPE_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     attempt: builtins.int
     transfer_id: builtins.str
@@ -335,6 +336,8 @@ class Ticket(google.protobuf.message.Message):
     pair_epoch: builtins.int
     kv_wire_dtype: builtins.str
     """"auto", or "int8": K and V are rounded on their way; empty is auto"""
+    traceparent: builtins.str
+    """W3C trace context of the router's span; empty where the client sent none"""
     def __init__(
         self,
         *,
@@ -345,8 +348,9 @@ class Ticket(google.protobuf.message.Message):
         decode_incarnation: builtins.str = ...,
         pair_epoch: builtins.int = ...,
         kv_wire_dtype: builtins.str = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "decode_incarnation", b"decode_incarnation", "kv_wire_dtype", b"kv_wire_dtype", "pair_epoch", b"pair_epoch", "prefill_incarnation", b"prefill_incarnation", "request_id", b"request_id", "transfer_id", b"transfer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "decode_incarnation", b"decode_incarnation", "kv_wire_dtype", b"kv_wire_dtype", "pair_epoch", b"pair_epoch", "prefill_incarnation", b"prefill_incarnation", "request_id", b"request_id", "traceparent", b"traceparent", "transfer_id", b"transfer_id"]) -> None: ...
 
 Global___Ticket: typing_extensions.TypeAlias = Ticket
 
@@ -366,6 +370,7 @@ class Command(google.protobuf.message.Message):
     HEARTBEAT_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     DISCONNECT_FIELD_NUMBER: builtins.int
+    FLUSH_CACHE_FIELD_NUMBER: builtins.int
     @property
     def connect(self) -> Global___Connect: ...
     @property
@@ -386,6 +391,8 @@ class Command(google.protobuf.message.Message):
     def drain(self) -> Global___Drain: ...
     @property
     def disconnect(self) -> Global___Disconnect: ...
+    @property
+    def flush_cache(self) -> Global___FlushCache: ...
     def __init__(
         self,
         *,
@@ -399,10 +406,11 @@ class Command(google.protobuf.message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         drain: Global___Drain | None = ...,
         disconnect: Global___Disconnect | None = ...,
+        flush_cache: Global___FlushCache | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["accept", b"accept", "cancel", b"cancel", "command", b"command", "connect", b"connect", "disconnect", b"disconnect", "drain", b"drain", "heartbeat", b"heartbeat", "prefill", b"prefill", "prompt_part", b"prompt_part", "release", b"release", "reserve", b"reserve"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accept", b"accept", "cancel", b"cancel", "command", b"command", "connect", b"connect", "disconnect", b"disconnect", "drain", b"drain", "heartbeat", b"heartbeat", "prefill", b"prefill", "prompt_part", b"prompt_part", "release", b"release", "reserve", b"reserve"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["connect", "prompt_part", "reserve", "prefill", "accept", "release", "cancel", "heartbeat", "drain", "disconnect"] | None: ...
+    def HasField(self, field_name: typing.Literal["accept", b"accept", "cancel", b"cancel", "command", b"command", "connect", b"connect", "disconnect", b"disconnect", "drain", b"drain", "flush_cache", b"flush_cache", "heartbeat", b"heartbeat", "prefill", b"prefill", "prompt_part", b"prompt_part", "release", b"release", "reserve", b"reserve"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accept", b"accept", "cancel", b"cancel", "command", b"command", "connect", b"connect", "disconnect", b"disconnect", "drain", b"drain", "flush_cache", b"flush_cache", "heartbeat", b"heartbeat", "prefill", b"prefill", "prompt_part", b"prompt_part", "release", b"release", "reserve", b"reserve"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["connect", "prompt_part", "reserve", "prefill", "accept", "release", "cancel", "heartbeat", "drain", "disconnect", "flush_cache"] | None: ...
 
 Global___Command: typing_extensions.TypeAlias = Command
 
@@ -500,11 +508,14 @@ class Work(google.protobuf.message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
+    TIMEOUT_S_FIELD_NUMBER: builtins.int
     prompt_offset: builtins.int
     """tokens sent before in PromptPart"""
     num_prompt_tokens: builtins.int
     cache_salt: builtins.str
     """cached prefixes are shared among requests of one salt"""
+    timeout_s: builtins.float
+    """what is left of the client's deadline; then the worker ends the attempt by itself"""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -517,9 +528,11 @@ class Work(google.protobuf.message.Message):
         num_prompt_tokens: builtins.int = ...,
         sampling: Global___EngineSampling | None = ...,
         cache_salt: builtins.str = ...,
+        timeout_s: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache_salt", b"cache_salt", "num_prompt_tokens", b"num_prompt_tokens", "prompt_offset", b"prompt_offset", "sampling", b"sampling", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "sampling", b"sampling", "timeout_s", b"timeout_s"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "num_prompt_tokens", b"num_prompt_tokens", "prompt_offset", b"prompt_offset", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
 
 Global___Work: typing_extensions.TypeAlias = Work
 
@@ -744,6 +757,18 @@ class Drain(google.protobuf.message.Message):
 Global___Drain: typing_extensions.TypeAlias = Drain
 
 @typing.final
+class FlushCache(google.protobuf.message.Message):
+    """Forget the prefixes that no request holds. Answered by CacheFlushed, in order."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___FlushCache: typing_extensions.TypeAlias = FlushCache
+
+@typing.final
 class CommitRecord(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -825,6 +850,7 @@ class Event(google.protobuf.message.Message):
     FAILED_FIELD_NUMBER: builtins.int
     DRAINED_FIELD_NUMBER: builtins.int
     CACHE_CHANGED_FIELD_NUMBER: builtins.int
+    CACHE_FLUSHED_FIELD_NUMBER: builtins.int
     @property
     def pair_up(self) -> Global___PairUp: ...
     @property
@@ -847,6 +873,8 @@ class Event(google.protobuf.message.Message):
     def drained(self) -> Global___Drained: ...
     @property
     def cache_changed(self) -> Global___CacheChanged: ...
+    @property
+    def cache_flushed(self) -> Global___CacheFlushed: ...
     def __init__(
         self,
         *,
@@ -861,10 +889,11 @@ class Event(google.protobuf.message.Message):
         failed: Global___AttemptFailed | None = ...,
         drained: Global___Drained | None = ...,
         cache_changed: Global___CacheChanged | None = ...,
+        cache_flushed: Global___CacheFlushed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "cache_changed", b"cache_changed", "drained", b"drained", "event", b"event", "failed", b"failed", "pair_down", b"pair_down", "pair_up", b"pair_up", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "reserved", b"reserved", "tokens", b"tokens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "cache_changed", b"cache_changed", "drained", b"drained", "event", b"event", "failed", b"failed", "pair_down", b"pair_down", "pair_up", b"pair_up", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "reserved", b"reserved", "tokens", b"tokens"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["pair_up", "pair_down", "reserved", "refused", "prefilled", "accepted", "released", "tokens", "failed", "drained", "cache_changed"] | None: ...
+    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "cache_changed", b"cache_changed", "cache_flushed", b"cache_flushed", "drained", b"drained", "event", b"event", "failed", b"failed", "pair_down", b"pair_down", "pair_up", b"pair_up", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "reserved", b"reserved", "tokens", b"tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "cache_changed", b"cache_changed", "cache_flushed", b"cache_flushed", "drained", b"drained", "event", b"event", "failed", b"failed", "pair_down", b"pair_down", "pair_up", b"pair_up", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "reserved", b"reserved", "tokens", b"tokens"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["pair_up", "pair_down", "reserved", "refused", "prefilled", "accepted", "released", "tokens", "failed", "drained", "cache_changed", "cache_flushed"] | None: ...
 
 Global___Event: typing_extensions.TypeAlias = Event
 
@@ -1164,6 +1193,21 @@ class Drained(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___Drained: typing_extensions.TypeAlias = Drained
+
+@typing.final
+class CacheFlushed(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    num_blocks: builtins.int
+    def __init__(
+        self,
+        *,
+        num_blocks: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_blocks", b"num_blocks"]) -> None: ...
+
+Global___CacheFlushed: typing_extensions.TypeAlias = CacheFlushed
 
 @typing.final
 class CacheChanged(google.protobuf.message.Message):

@@ -1,0 +1,75 @@
+"""What operators do to a running cluster: `penstock.v1.Admin`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import grpc
+
+from core.errors import InvalidRequestError, UnavailableError, UnknownWorkerError
+from penstock.v1 import admin_pb2 as pb
+from router.errors import aborting
+from router.inference_service import Context, readable, to_bytes
+from router.rpc_inference import reader
+from router.workers import Workers
+
+ADMIN = "penstock.v1.Admin"
+DRAIN_S = 30.0
+"""What a worker may take to end what it has, where nobody says."""
+MAX_DRAIN_S = 24 * 3600.0
+FLUSH_TIMEOUT_S = 10.0
+"""For a worker to answer, which it does between two steps."""
+
+
+class AdminService:
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    async def drain(self, received: pb.DrainRequest | InvalidRequestError, context: Context) -> pb.DrainResponse:
+        async with aborting(context):
+            request = readable(received)
+            deadline_s = request.deadline_s if request.HasField("deadline_s") else DRAIN_S
+            if not (math.isfinite(deadline_s) and 0 <= deadline_s <= MAX_DRAIN_S):
+                raise InvalidRequestError("deadline_s", deadline_s, f"must be in [0, {MAX_DRAIN_S:g}] seconds")
+            if not self._workers.drain(request.worker_id, deadline_s):
+                raise self._unknown(request.worker_id)
+            return pb.DrainResponse()
+
+    async def flush_prefix_cache(
+        self, received: pb.FlushPrefixCacheRequest | InvalidRequestError, context: Context
+    ) -> pb.FlushPrefixCacheResponse:
+        async with aborting(context):
+            request = readable(received)
+            names = [request.worker_id] if request.worker_id else self._connected()
+            answers = {name: self._workers.flush_prefix_cache(name) for name in names}
+            flushed = []
+            for name, answer in answers.items():
+                if answer is None:
+                    raise self._unknown(name)
+                flushed.append(pb.FlushedCache(worker_id=name, num_blocks=await _answer(name, answer)))
+            return pb.FlushPrefixCacheResponse(workers=flushed)
+
+    def _connected(self) -> list[str]:
+        return sorted(hello.worker_id for hello, _ in self._workers.connected())
+
+    def _unknown(self, worker_id: str) -> UnknownWorkerError:
+        return UnknownWorkerError(worker_id, self._connected())
+
+
+async def _answer(worker_id: str, answer: asyncio.Future[int]) -> int:
+    done, _ = await asyncio.wait([answer], timeout=FLUSH_TIMEOUT_S)
+    if not done or answer.cancelled():
+        why = "was lost before it answered" if done else f"has not answered within {FLUSH_TIMEOUT_S:g} s"
+        raise UnavailableError(f"worker {worker_id} {why}")
+    return answer.result()
+
+
+def add_admin(service: AdminService, server: grpc.aio.Server) -> None:
+    unary = grpc.unary_unary_rpc_method_handler
+    methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Drain": unary(service.drain, reader(pb.DrainRequest), to_bytes),
+        "FlushPrefixCache": unary(service.flush_prefix_cache, reader(pb.FlushPrefixCacheRequest), to_bytes),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(ADMIN, methods),))
