@@ -387,5 +387,8 @@ class Worker:
         live = {engine_id(key) for key in self._keys()}
         if stray := set(self._engine.scheduler.requests) ^ live:
             raise IntegrityError(f"attempts and the scheduler's requests differ by {sorted(stray)}")
+        for half, held in ((self._prefill, self._kv.sender.keys()), (self._decode, self._kv.receiver.keys())):
+            if stray_keys := set(half.keys()) ^ set(held):
+                raise IntegrityError(f"attempts and their transfers differ by {sorted(stray_keys)}")
         if orphans := set(self._keys()) - set(self._owners):
             raise IntegrityError(f"attempts of no session: {sorted(orphans)}")

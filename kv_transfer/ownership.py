@@ -100,9 +100,10 @@ class Holding(Generic[State]):
         self.progress_deadline = self._deadline(now)
 
     def drain(self, now: float) -> None:
-        """Its blocks are not touched any more; idempotent."""
+        """Its blocks are not touched any more, and are to be released within a lease; idempotent."""
         if self.live:
             self.advance(cast("State", type(self.state).DRAINING), now)
+            self.lease_expires_at = now + self._limits.lease_s
 
     def progressed(self, now: float) -> None:
         """A segment was sent or has come: a transfer that was queued no longer is."""
@@ -115,8 +116,8 @@ class Holding(Generic[State]):
             self.progress_deadline = deadline
 
     def renew(self, now: float) -> None:
-        """The router still wants it. What has expired stays so."""
-        if self.expired(now) is None:
+        """The router still wants it. What has expired, or drains, stays so."""
+        if self.live and self.expired(now) is None:
             self.lease_expires_at = now + self._limits.lease_s
 
     def expired(self, now: float) -> str | None:
@@ -200,16 +201,10 @@ class Ledger(Generic[State]):
                 raise IntegrityError(f"transfer {transfer_id}: attempt {attempt} is held, and is not the latest")
 
     def expired(self, now: float) -> list[tuple[Holding[State], str]]:
-        """Live holdings whose time is up, with the reason.
+        """Holdings whose time is up, with the reason.
 
-        Those that drain have been told already; they are closed when nobody has done so within their lease.
+        Among them those that drain, have been told of, and were not closed within a lease: nothing is closed here, for
+        who holds the blocks would not hear of it.
         """
-        found = []
-        for holding in list(self._holdings.values()):
-            if (reason := holding.expired(now)) is None:
-                continue
-            if holding.live:
-                found.append((holding, reason))
-            else:
-                self.close(holding.ticket.key)
-        return found
+        timed = [(holding, holding.expired(now)) for holding in self._holdings.values()]
+        return [(holding, reason) for holding, reason in timed if reason is not None]

@@ -65,7 +65,7 @@ class KVPlane:
         self.receiver.renew(wanted, now)
 
     def expired(self, now: float) -> list[tuple[AttemptKey, str]]:
-        """Attempts that nobody wants any more, or that stand still, with the reason; each is told once."""
+        """Attempts that nobody wants any more, or that stand still, with the reason; told again if not released."""
         return self.sender.expired(now) + self.receiver.expired(now)
 
     def close(self) -> None:

@@ -136,13 +136,11 @@ class KVReceiver:
             self._ledger.renew(transfer_ids, now)
 
     def expired(self, now: float) -> list[tuple[AttemptKey, str]]:
-        """Attempts that have run out of time, each told once: they are cancelled, and wait to be released."""
+        """Attempts that have run out of time: they are cancelled, and told again if not released within a lease."""
         with self._lock:
             ended = self._ledger.expired(now)
             for holding, _ in ended:
                 holding.drain(now)
-            for key in [key for key in self._receiving if self._ledger.find(key) is None]:
-                del self._receiving[key]
         return [(holding.ticket.key, reason) for holding, reason in ended]
 
     def on_pair_down(self, pair: PairKey, epoch: int, reason: str) -> None:
@@ -156,6 +154,11 @@ class KVReceiver:
                     lost.append(self._fail(receiving, TransferError("pair_down", reason)))
         for event in lost:
             self._notify(event)
+
+    def keys(self) -> list[AttemptKey]:
+        """Attempts that hold something here, until their release."""
+        with self._lock:
+            return list(self._receiving)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError where holdings and transfers are not the same attempts."""

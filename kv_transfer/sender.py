@@ -146,11 +146,9 @@ class KVSender:
             self._ledger.renew(transfer_ids, now)
 
     def expired(self, now: float) -> list[tuple[AttemptKey, str]]:
-        """Transfers that have run out of time, each told once: they are cancelled, and wait to be released."""
+        """Transfers that have run out of time: they are cancelled, and told again if not released within a lease."""
         with self._changed:
             ended = [(holding.ticket.key, reason) for holding, reason in self._ledger.expired(now)]
-            for key in [key for key in self._sending if self._ledger.find(key) is None]:
-                del self._sending[key]
         for key, _ in ended:
             self.cancel(key)
         return ended
@@ -173,6 +171,11 @@ class KVSender:
             lost = [s for s in self._sending.values() if _is_of(s.holding.ticket, pair, epoch) and not s.all_sent]
         for sending in lost:
             self._fail(sending, "pair_down", reason)
+
+    def keys(self) -> list[AttemptKey]:
+        """Attempts with a transfer here, until their release."""
+        with self._changed:
+            return list(self._sending)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError where holdings and transfers are not the same attempts."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from core.messages import Cancel
-from tests.faults.simulation import NUM_BLOCKS, Job, Simulation
+from tests.faults.sim_worker import NUM_BLOCKS
+from tests.faults.simulation import Job, Simulation
 
 PROMPT = tuple(range(10, 27))
 """17 tokens: three steps."""

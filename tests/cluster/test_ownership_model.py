@@ -18,7 +18,8 @@ from hypothesis.stateful import (
 )
 
 from cluster.worker import EXPIRY_INTERVAL_S
-from tests.faults.simulation import LIMITS, Job, Simulation, SimWorker
+from tests.faults.sim_worker import LIMITS, SimWorker
+from tests.faults.simulation import Job, Simulation
 
 ROUNDS = 200
 """After so many in which nothing goes wrong, every request has its answer."""
