@@ -29,14 +29,14 @@ def decode_turns(sim: Simulation) -> None:
     decode = sim.workers["d0"]
     while decode.commands:
         sim.obey(decode)
-    decode.turn(sim.wanted(decode))
+    decode.turn()
 
 
 def prefill_turn(sim: Simulation) -> None:
     prefill = sim.workers["p"]
     while prefill.commands:
         sim.obey(prefill)
-    prefill.turn(sim.wanted(prefill))
+    prefill.turn()
 
 
 def hear(name: str) -> Callable[[Simulation], None]:
@@ -95,7 +95,7 @@ def test_a_cancel_stops_at_once_and_frees_all_blocks_in_the_next_turn(stage: int
     arrive(0)(sim)
     assert sim.workers["d0"].plane.receiver.num_discarded_segments == before + num_late
     for worker in (sim.workers["p"], sim.workers["d0"]):
-        worker.turn(())
+        worker.turn()
         worker.assert_nothing_is_held()
     assert [command for _, command in sim.said if isinstance(command, Cancel)]
 

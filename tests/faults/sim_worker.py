@@ -7,7 +7,7 @@ owns those blocks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,11 +19,15 @@ from cluster.worker import EXPIRY_INTERVAL_S, FromRouter, SessionClosed, Session
 from core.clock import Clock, ManualClock
 from core.errors import TransferError
 from core.messages import (
+    Accepted,
+    AttemptFailed,
+    Cancel,
     Command,
     Connect,
     Event,
     Heartbeat,
     Load,
+    Prefilled,
     RouterHello,
     WorkerRole,
 )
@@ -38,6 +42,7 @@ from engine.runner import Runner
 from engine.scheduler import Scheduler
 from kv_transfer.config import TransferConfig
 from kv_transfer.outbox import Outgoing
+from kv_transfer.ownership import Holding, Ledger, SendState
 from kv_transfer.plane import KVPlane
 from kv_transfer.transport import Transport
 from tests.halves import BLOCK_SIZE, LAYOUT, kv
@@ -61,6 +66,8 @@ class Arithmetic(Runner):
 
     def __init__(self, scheduler: Scheduler, storage: KVStorage) -> None:
         self._scheduler, self._cache = scheduler, storage
+        self.garbage: list[str] = []
+        """Requests that would have been decoded from it: a worker gets over a step that fails, a model must not."""
 
     def prepare(self, sampling: SamplingParams) -> None:
         """Nothing to compile."""
@@ -70,7 +77,8 @@ class Arithmetic(Runner):
             for entry in plan.entries:
                 before = list(self._scheduler.requests[entry.request_id].token_ids(0, entry.start))
                 found = KVStorage.read(self._cache, layer, entry.block_ids, 0, entry.start)
-                assert torch.equal(found, kv(layer, before, 0)), f"{entry.request_id} decodes garbage"
+                if not torch.equal(found, kv(layer, before, 0)):
+                    self.garbage.append(entry.request_id)
                 values = kv(layer, entry.token_ids, entry.start)
                 KVStorage.write(self._cache, layer, entry.block_ids, entry.start, entry.end, values)
             if on_layer is not None:
@@ -84,14 +92,17 @@ class Arithmetic(Runner):
 
 
 class GuardedStorage(KVStorage):
-    """What comes from outside is written for the attempt that owns the blocks, or not at all."""
+    """What comes from outside is written for an attempt that owns the blocks and waits for it, or not at all."""
 
     arriving: AttemptKey | None = None
-    pool: BlockPool
+    owner: SimWorker
 
     def write(self, layer: int, block_ids: Sequence[int], start: int, end: int, *rest: Any, **options: Any) -> int:
-        assert self.arriving is not None
-        assert tuple(self.pool.table(engine_id(self.arriving)))[: len(block_ids)] == tuple(block_ids)
+        key, owner = self.arriving, self.owner
+        assert key is not None
+        assert tuple(owner.pool.table(engine_id(key)))[: len(block_ids)] == tuple(block_ids)
+        assert key not in owner.cancelled, f"{key} is written after its cancel"
+        assert owner.in_time(key), f"{key} is written after its lease"
         return super().write(layer, block_ids, start, end, *rest, **options)
 
 
@@ -114,6 +125,8 @@ class Link:
     def put(self, outgoing: Outgoing, wanted: Callable[[], bool]) -> bool:
         if self.closed or not wanted():
             return False
+        assert outgoing.entry.key not in self.sender.cancelled, f"{outgoing.entry.key} is sent after its cancel"
+        assert self.sender.in_time(outgoing.entry.key), f"{outgoing.entry.key} is sent after its lease"
         self.outbox.append(outgoing)
         return True
 
@@ -159,13 +172,15 @@ class SimPlane(KVPlane):
 
 
 class SimSession(RouterSession):
-    """Events wait in a list until the router hears them."""
+    """Events wait in a list until the router hears them. `proof` looks at each when it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, proof: Callable[[Event], None]) -> None:
         super().__init__(RouterHello("router", "router-1"))
         self.events: deque[Event] = deque()
+        self._proof = proof
 
     def emit(self, event: Event) -> None:
+        self._proof(event)
         self.events.append(event)
 
     def flush(self, load: Load) -> None:
@@ -176,60 +191,124 @@ class SimSession(RouterSession):
 
 
 class SimWorker:
-    """One life of a worker. `commands` are on their way to it."""
+    """One life of a worker. `commands` are on their way to it. Keeps books of its own of what the worker may hold."""
 
     def __init__(self, name: str, role: WorkerRole, incarnation: str, clock: ManualClock) -> None:
         self.name, self.role, self.incarnation, self._clock = name, role, incarnation, clock
         self.storage = GuardedStorage(LAYOUT, NUM_BLOCKS, torch.device("cpu"))
-        self.pool = self.storage.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, PrefixIndex(LAYOUT.contents, BLOCK_SIZE))
+        self.storage.owner = self
+        self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, PrefixIndex(LAYOUT.contents, BLOCK_SIZE))
         self.scheduler = Scheduler(
             self.pool, max_num_batched_tokens=BUDGET, max_num_seqs=MAX_SEQS, max_model_len=NUM_BLOCKS * BLOCK_SIZE
         )
         self.plane = SimPlane(incarnation, self.storage, clock, lambda event: self.worker.post(event))
-        runner, nothing = Arithmetic(self.scheduler, self.storage), cast("Any", None)
+        nothing = cast("Any", None)
+        self._runner = Arithmetic(self.scheduler, self.storage)
         engine = Engine(
-            nothing, LAYOUT, self.pool, self.scheduler, nothing, runner, self.storage, NUM_BLOCKS * BLOCK_SIZE
+            nothing, LAYOUT, self.pool, self.scheduler, nothing, self._runner, self.storage, NUM_BLOCKS * BLOCK_SIZE
         )
         self.worker = Worker(engine, self.plane, role, incarnation, clock)
-        self.renewed: dict[str, float] = {}
-        self.latest: dict[str, int] = {}  # attempt that has held blocks here, by transfer id
+        self.cancelled: set[AttemptKey] = set()
+        self._leases: dict[AttemptKey, float] = {}  # when each ends
+        self._fenced: set[AttemptKey] = set()  # of a session that has ended
+        self._latest: dict[str, int] = {}  # attempt that has held blocks here, by transfer id
         self.open_session()
 
+    # ---- what comes to it
+
     def open_session(self) -> None:
-        self.session, self.commands = SimSession(), deque[Command]()
+        self.session, self.commands = SimSession(self._prove), deque[Command]()
         self.worker.post(SessionOpened(self.session))
 
     def break_session(self, *, noticed: bool) -> None:
         """All that is on its way is lost; a worker that does not notice has its leases alone."""
         if noticed:
+            owners = self.worker._owners
+            self._fenced.update(key for key in self._held() if owners[key] is self.session)
             self.worker.post(SessionClosed(self.session))
         self.open_session()
 
     def obey(self, command: Command) -> None:
-        if isinstance(command, Heartbeat):
-            self.renewed.update(dict.fromkeys(command.live_transfer_ids, self._clock()))
+        """A command arrives. Heartbeats and cancels are obeyed at once, the rest in the next turn."""
         self.worker.post(FromRouter(self.session, command))
+        match command:
+            case Heartbeat(live):
+                for key in self._leases:
+                    if key[0] in live and self.in_time(key):
+                        self._leases[key] = self._clock() + LIMITS.lease_s
+            case Cancel(ticket, _) if ticket.key in self._held():
+                self.cancelled.add(ticket.key)
+                for link in self.plane.links.links.values():
+                    queued = [outgoing.entry.key for outgoing in link.outbox if link.sender is self]
+                    assert ticket.key not in queued, f"{ticket.key} is still being sent after its cancel"
 
-    def turn(self, wanted: Iterable[AttemptKey]) -> None:
-        """One turn of its loop; what nobody has wanted for a lease must be gone then, and so must older attempts."""
+    def turn(self) -> None:
+        """One turn of its loop."""
+        over = {key for key, holding in self._holdings().items() if not holding.live} | self._fenced
         self.worker.turn(wait=False)
-        for transfer_id, attempt in (name.split("/") for name in self.scheduler.requests):
-            assert int(attempt) >= self.latest.get(transfer_id, 0), f"{transfer_id}/{attempt} is back"
-            if int(attempt) > self.latest.get(transfer_id, 0):  # however long ago it was asked for
-                self.latest[transfer_id], self.renewed[transfer_id] = int(attempt), self._clock()
-        current = {engine_id(key) for key in wanted}
-        if self._overdue(current):  # a step of it found out, and said so to the next turn
+        self._fenced = set()
+        assert not (left := over & self._held()), f"{left} are held after their end was told"
+        held = self._held()
+        self._leases = {key: ends_at for key, ends_at in self._leases.items() if key in held}
+        for key in held:
+            if key not in self._leases:
+                self._leases[key] = self._clock() + LIMITS.lease_s
+                assert key[1] > self._latest.get(key[0], 0), f"{key} is back"
+                self._latest[key[0]] = key[1]
+        if self._overdue():  # a step of it found out, and said so to the next turn
             self.worker.turn(wait=False)
-        assert not (overdue := self._overdue(current)), f"{overdue} are held for nobody"
+        assert not (overdue := self._overdue()), f"{overdue} are held for nobody"
 
-    def _overdue(self, current: set[str]) -> list[str]:
-        ends_at = {name: self.renewed[name.rpartition("/")[0]] + LIMITS.lease_s for name in self.scheduler.requests}
-        return [name for name in ends_at if name not in current and self._clock() > ends_at[name] + EXPIRY_INTERVAL_S]
+    # ---- what must hold
+
+    def in_time(self, key: AttemptKey) -> bool:
+        """Whether its lease, by our own books, has not run out. One that began in this very turn has none there yet."""
+        return key not in self._leases or self._clock() < self._leases[key]
 
     def check(self) -> None:
         self.worker.check_integrity()
+        assert not self._runner.garbage, f"{self._runner.garbage} decode garbage"
+        held = self._held()
+        assert len({transfer_id for transfer_id, _ in held}) == len(held), f"two attempts of one transfer: {held}"
+        for key, holding in self._holdings().items():
+            if holding.live and key in self._leases:
+                assert holding.lease_expires_at <= self._leases[key], f"the lease of {key} is too long"
+
+    def check_pair_is_down(self, link: Link) -> None:
+        """Whatever was not carried to the end has failed."""
+        for sending in self.plane.sender._sending.values():
+            if sending.holding.ticket.pair_epoch == link.epoch and not sending.all_sent:
+                assert not sending.holding.live, f"{sending.key} waits for a channel that is gone"
+        for receiving in self.plane.receiver._receiving.values():
+            ticket = receiving.holding.ticket
+            assert ticket.pair_epoch != link.epoch or not receiving.waiting, f"{ticket.key} waits for what can't come"
 
     def assert_nothing_is_held(self) -> None:
         self.check()
         assert not self.scheduler.requests
         assert self.pool.num_free_blocks == NUM_BLOCKS
+
+    def _held(self) -> set[AttemptKey]:
+        return {(name.rpartition("/")[0], int(name.rpartition("/")[2])) for name in self.scheduler.requests}
+
+    def _holdings(self) -> dict[AttemptKey, Holding[Any]]:
+        plane = self.plane
+        sides: list[Ledger[Any]] = [plane.sender._ledger, plane.receiver._ledger]
+        return {holding.ticket.key: holding for ledger in sides for holding in ledger._holdings.values()}
+
+    def _overdue(self) -> list[AttemptKey]:
+        return [key for key in self._held() if self._clock() > self._leases[key] + EXPIRY_INTERVAL_S]
+
+    def _prove(self, event: Event) -> None:
+        """What is told is so."""
+        match event:
+            case Prefilled(key, _, _, record) if record is not None:
+                assert self._holdings()[key].state is SendState.COMMITTED, f"{key} is told to be there, and is not"
+            case AttemptFailed(key, reason, message):
+                assert reason != "record_mismatch", f"{key}: {message}: nobody has lied"
+            case Accepted(key, _):
+                request = self.scheduler.requests[engine_id(key)]
+                table, tokens = self.pool.table(engine_id(key)), request.prompt_token_ids
+                for layer in range(LAYOUT.num_layers):
+                    found = KVStorage.read(self.storage, layer, table, 0, len(tokens))
+                    assert torch.equal(found, kv(layer, tokens, 0)), f"{key} was accepted, and is garbage"

@@ -97,11 +97,13 @@ class Simulation:
         job.stage, job.workers = "reserving", (prefill, decode)
         self.say(decode, Reserve(job.ticket, job.work))
 
-    def give_up(self, job: Job) -> None:
-        """The attempt has failed, or takes too long: both workers are told, and it waits for another."""
+    def give_up(self, job: Job, lost: SimWorker | None = None) -> None:
+        """The attempt has failed, or takes too long: both workers are told, but one that was lost; it is to be tried
+        again."""
         if job.ticket is not None and job.stage is not None:
             for worker in job.workers:
-                self.say(worker, Cancel(job.ticket, "given up"))
+                if worker is not lost:
+                    self.say(worker, Cancel(job.ticket, "given up"))
         job.ticket, job.stage, job.workers = None, None, ()
 
     def cancel(self, job: Job) -> None:
@@ -222,6 +224,7 @@ class Simulation:
         pair = (link.sender.incarnation, link.receiver.incarnation)
         for worker in (link.sender, link.receiver):
             worker.plane.on_pair_down(pair, link.epoch, "cut")
+            worker.check_pair_is_down(link)
         for job in list(self.jobs.values()):
             if job.workers == (link.sender, link.receiver) and job.stage != "decoding":
                 self.give_up(job)
@@ -243,7 +246,7 @@ class Simulation:
         worker.break_session(noticed=noticed)
         for job in list(self.jobs.values()):
             if worker in job.workers:
-                self.give_up(job)
+                self.give_up(job, worker)
 
     def restart_router(self, *, noticed: bool) -> None:
         """Nobody knows of any request any more."""
@@ -252,11 +255,12 @@ class Simulation:
             worker.break_session(noticed=noticed)
 
     def replay(self, which: int) -> None:
-        """A command that was said before comes once more, late."""
-        if self.said:
-            name, command = self.said[which % len(self.said)]
-            if not isinstance(command, Heartbeat):
-                self.workers[name].obey(command)
+        """A command that was said before comes once more, late; every other time one that begins something."""
+        kinds = (Reserve, Prefill) if which % 2 else (Reserve, Prefill, Accept, Release, Cancel)
+        said = [(name, command) for name, command in self.said if isinstance(command, kinds)]
+        if said:
+            name, command = said[which // 2 % len(said)]
+            self.workers[name].obey(command)
 
     # ---- time
 
@@ -267,7 +271,7 @@ class Simulation:
         for worker in self.workers.values():
             while worker.commands:
                 self.obey(worker)
-            worker.turn(self.wanted(worker))
+            worker.turn()
         for link in self.links.values():
             while link.outbox and not link.closed:
                 self.leave(link)
