@@ -11,6 +11,7 @@ from torch import Tensor
 from cluster.worker import SessionClosed, Worker
 from core.ticket import AttemptKey, CommitRecord, Ticket, engine_id
 from decode_worker.half import DecodeHalf
+from kv_transfer.frame import Entry
 from kv_transfer.ownership import Holding, Ledger, Opened, ReceiveState
 from kv_transfer.receiver import KVReceiver, _Receiving
 from kv_transfer.sender import KVSender
@@ -99,17 +100,16 @@ def damaged_payload_is_taken(patch: pytest.MonkeyPatch) -> None:
 
     real = receiver.KVReceiver._take
 
-    def take(self: KVReceiver, receiving: _Receiving, record: Any, payload: Tensor) -> None:
-        wrote: list[int] = []
+    def take(self: KVReceiver, receiving: _Receiving, entry: Entry, payload: Tensor) -> None:
         write = self._storage.write
 
         def forgiving(*arguments: Any, **options: Any) -> int:
-            wrote.append(write(*arguments, **options))
-            return int(record.checksum)
+            write(*arguments, **options)
+            return entry.record.checksum
 
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(self._storage, "write", forgiving)
-            real(self, receiving, record, payload)
+            real(self, receiving, entry, payload)
 
     patch.setattr(KVReceiver, "_take", take)
 

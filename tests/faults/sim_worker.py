@@ -115,6 +115,7 @@ class Link:
     receiver: SimWorker
     closed: bool = False
     outbox: deque[Outgoing] = field(default_factory=deque)
+    by_blocks: bool = True
 
     def stage(self, num_bytes: int, wanted: Callable[[], bool]) -> Tensor | None:
         return torch.empty(num_bytes, dtype=torch.uint8) if wanted() and not self.closed else None
