@@ -32,6 +32,7 @@ from benchmarks.transfer_link import CPU, Load, in_turns, link
 from benchmarks.transfer_prefill import prefill_rows
 from core.kv_layout import KVLayout
 from engine.kv_storage import KVStorage
+from kernels.memory import zeros
 
 MIB = 1 << 20
 LAYOUT = KVLayout("bench", "", num_layers=8, num_kv_heads=8, head_size=128, block_size=16, dtype="float32")
@@ -53,7 +54,7 @@ def filled_storage(load: Load) -> KVStorage:
 def shared_memory_rows(num_mib: int, num_repeats: int) -> list[Row]:
     """`num_mib`: the large segments; those of 1 MiB are always measured."""
     rows, storage = [], filled_storage(load_of(num_mib))
-    source, target = (torch.ones(load_of(num_mib).num_bytes, dtype=torch.uint8) for _ in range(2))
+    source, target = (zeros(load_of(num_mib).num_bytes).fill_(1) for _ in range(2))
     with link(storage, "shm") as ours:
         for mib in (num_mib, 1):
             load = load_of(mib)
@@ -78,7 +79,7 @@ def shared_memory_rows(num_mib: int, num_repeats: int) -> list[Row]:
 
 def gloo_rows(num_mib: int, num_repeats: int) -> list[Row]:
     rows, storage = [], filled_storage(load_of(num_mib))
-    payload = torch.ones(load_of(num_mib).segment_bytes, dtype=torch.uint8)
+    payload = zeros(load_of(num_mib).num_bytes).fill_(1)
     with link(storage, "gloo") as ours:
         for mib, target in ((num_mib, 0.85), (1, 0.6)):
             load = load_of(mib)

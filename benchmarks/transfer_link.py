@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -17,13 +20,15 @@ from core.kv_layout import KVLayout
 from core.messages import Connect, PairUp
 from core.ticket import Ticket
 from engine.kv_storage import KVStorage
+from kernels.memory import zeros
 from kv_transfer.config import Backend, TransferConfig
 from kv_transfer.events import KVEvent, TransferReady
+from kv_transfer.pair_store import dist
 from kv_transfer.plane import KVPlane
-from kv_transfer.rendezvous import RECEIVER, SENDER, GroupRendezvous
 
 HOST, WAIT_S = "127.0.0.1", 60.0
 CPU = torch.device("cpu")
+GLOO_TAG = 1
 PAIR = ("prefill", "decode")
 ARRIVED_S = 0.02
 """Long enough for segments to arrive that were sent before."""
@@ -57,34 +62,35 @@ class Worker:
         self.events: queue.SimpleQueue[KVEvent] = queue.SimpleQueue()
         config = TransferConfig(backend=backend, silence_timeout_s=30)  # the machine may be busy
         self.plane = KVPlane(name, storage, HOST, config, time.monotonic, self.events.put)
-        self.rendezvous = GroupRendezvous(HOST, CPU, TransferConfig(backend="gloo"))
 
-    def connect(self, plane_address: str, gloo_address: str) -> None:
-        """With the other worker; `gloo` is a link beside the plane's."""
-        self.plane.connect(Connect(*PAIR, 1, plane_address, self.storage.layout))
+    def connect(self, address: str) -> None:
+        """With the other worker."""
+        self.plane.connect(Connect(*PAIR, 1, address, self.storage.layout))
         if not isinstance(event := self.events.get(timeout=WAIT_S), PairUp):
             raise RuntimeError(event)
-        rank = SENDER if self.name == PAIR[0] else RECEIVER
-        self.gloo = self.rendezvous.meet(Connect(*PAIR, 1, gloo_address, self.storage.layout), rank)
-
-    def close(self) -> None:
-        self.gloo.abort()
-        self.rendezvous.close()
-        self.plane.close()
 
 
-def receive(pipe: Connection, layout: KVLayout, num_blocks: int, backend: Backend) -> None:
+def gloo_alone(store: str, rank: int) -> Any:
+    """A process group of the two, beside the pair's. `store`: path of a file by which they meet."""
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
+    options._timeout, options._threads = timedelta(seconds=WAIT_S), 1
+    return dist.ProcessGroupGloo(dist.FileStore(store, 2), rank, 2, options)
+
+
+def receive(pipe: Connection, layout: KVLayout, num_blocks: int, backend: Backend, store: str) -> None:
     """The decode worker: obeys `(load, ticket)`, where no ticket means gloo alone, until the pipe ends."""
     torch.set_num_threads(1)
     worker = Worker(PAIR[1], KVStorage(layout, num_blocks, CPU), backend)
-    pipe.send((worker.plane.address, worker.rendezvous.address))
-    worker.connect(worker.plane.address, worker.rendezvous.address)
-    receiver = worker.plane.receiver
+    pipe.send(worker.plane.address)
+    worker.connect(worker.plane.address)
+    receiver, gloo = worker.plane.receiver, gloo_alone(store, 1)
+    landing = zeros(num_blocks * layout.bytes_per_block)
     while command := pipe.recv():
         load, ticket = command
         if ticket is None:
-            for _ in range(load.layout.num_layers):
-                worker.gloo.receive_payload(load.segment_bytes, WAIT_S)
+            for target in torch.split(landing[: load.num_bytes], load.segment_bytes):
+                gloo.recv([target], 0, GLOO_TAG).wait(timedelta(seconds=WAIT_S))
         else:
             receiver.begin(ticket, load.blocks, load.num_tokens)
             pipe.send(None)
@@ -93,7 +99,7 @@ def receive(pipe: Connection, layout: KVLayout, num_blocks: int, backend: Backen
                 raise RuntimeError(event)
             receiver.release(ticket.key)
         pipe.send(None)
-    worker.close()
+    worker.plane.close()
 
 
 class Sending:
@@ -121,8 +127,8 @@ class Sending:
 class Link:
     """The prefill worker, in this process."""
 
-    def __init__(self, worker: Worker, pipe: Connection) -> None:
-        self._worker, self._pipe, self._num_transfers = worker, pipe, 0
+    def __init__(self, worker: Worker, pipe: Connection, gloo: Any) -> None:
+        self._worker, self._pipe, self._gloo, self._num_transfers = worker, pipe, gloo, 0
 
     def begin(self, load: Load) -> Sending:
         self._num_transfers += 1
@@ -155,11 +161,14 @@ class Link:
         return time.perf_counter() - started_at
 
     def gloo(self, payload: torch.Tensor, load: Load) -> float:
-        """Seconds for the same bytes over gloo alone, to the other side's word that they have come."""
+        """Seconds for the same bytes, a message for each segment, over gloo alone, to the other side's word for it.
+
+        From one memory to another that are as large as the whole load, as the two caches are; `payload` is the first.
+        """
         self._pipe.send((load, None))
         started_at = time.perf_counter()
-        for _ in range(load.layout.num_layers):
-            self._worker.gloo.send_payload(payload[: load.segment_bytes], WAIT_S)
+        for source in torch.split(payload[: load.num_bytes], load.segment_bytes):
+            self._gloo.send([source], 1, GLOO_TAG).wait(timedelta(seconds=WAIT_S))
         self._pipe.recv()
         return time.perf_counter() - started_at
 
@@ -169,19 +178,21 @@ def link(storage: KVStorage, backend: Backend) -> Iterator[Link]:
     """From `storage` to a process with one like it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    arguments = (theirs, storage.layout, storage.num_blocks, backend)
-    process = context.Process(target=receive, args=arguments, daemon=True)
-    process.start()
-    theirs.close()
-    worker = Worker(PAIR[0], storage, backend)
-    try:
-        worker.connect(*ours.recv())
-        yield Link(worker, ours)
-        ours.send(None)
-        process.join(WAIT_S)
-    finally:
-        process.kill()
-        worker.close()
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
+        store = f"{folder}/gloo"
+        arguments = (theirs, storage.layout, storage.num_blocks, backend, store)
+        process = context.Process(target=receive, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        worker = Worker(PAIR[0], storage, backend)
+        try:
+            worker.connect(ours.recv())
+            yield Link(worker, ours, gloo_alone(store, 0))
+            ours.send(None)
+            process.join(WAIT_S)
+        finally:
+            process.kill()
+            worker.plane.close()
 
 
 def in_turns(num_repeats: int, *measures: Callable[[], float]) -> list[float]:

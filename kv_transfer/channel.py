@@ -1,10 +1,13 @@
-"""The two ends of a channel: a thread each, and nothing else shared."""
+"""The two ends of a channel, with threads of their own, and nothing else shared."""
 
 from __future__ import annotations
 
+import math
+import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,8 +19,12 @@ from kernels.memory import zeros
 from kv_transfer.config import TransferConfig
 from kv_transfer.frame import FRAME_BYTES, Entry, Frame, FrameKind, pack, unpack
 from kv_transfer.outbox import Outbox, Outgoing
-from kv_transfer.transport import Transport
+from kv_transfer.transport import Delivery, Transport
 
+FAILED = "the channel's thread failed"
+"""Stands where anything but a TransferError ends it: a bug, shown as such."""
+WINDOW = 4
+"""Batches that are on their way at once: the peer always has the next one when it is done with one."""
 OnSent = Callable[[AttemptKey, int, float, float], None]
 """`(key, bytes, share of the channel's time in s, when)`, for each segment that has left."""
 OnSegment = Callable[[Entry, Tensor], None]
@@ -52,9 +59,7 @@ class Channel(ABC):
         self._transport.abort()
 
     def _run(self) -> None:
-        reason = (
-            "the channel's thread failed"  # stands where anything but a TransferError ends it: a bug, shown as such
-        )
+        reason = FAILED
         try:
             reason = self._carry()
         except TransferError as error:
@@ -66,6 +71,17 @@ class Channel(ABC):
     @abstractmethod
     def _carry(self) -> str:
         """The thread's work; returns the reason of an orderly end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A batch on its way, or a sign of life, which is an empty one."""
+
+    batch: list[Outgoing]
+    parts: list[Tensor]
+    """Its payload as it is sent; kept until it has left."""
+    started_at: float
+    delivery: Delivery
 
 
 class SendChannel(Channel):
@@ -93,6 +109,9 @@ class SendChannel(Channel):
         memory = transport.memory
         if memory is None and transport.payload_device.type == "cpu":
             memory = zeros(config.max_staging_bytes)
+        self._window = threading.Semaphore(WINDOW)
+        self._flying: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
+        self._failure = FAILED
         self._outbox = Outbox(config.max_staging_bytes, config.coalesce_bytes, memory)
 
     def stage(self, num_bytes: int, wanted: Callable[[], bool]) -> Tensor | None:
@@ -118,27 +137,57 @@ class SendChannel(Channel):
         super().close()
 
     def _carry(self) -> str:
-        while (batch := self._outbox.take(self._config.keepalive_s)) is not None:
-            self.num_turns += 1
-            if batch:
+        settling = threading.Thread(target=self._settle, name=f"{self.thread.name}-settle", daemon=True)
+        settling.start()
+        try:
+            while (batch := self._outbox.take(self._config.keepalive_s)) is not None:
+                self.num_turns += 1
                 self._send(batch)
-            else:
-                send_frame(self._transport, Frame(FrameKind.KEEPALIVE), self._config.silence_timeout_s)
-        return "closed"
+        finally:
+            self.close()
+            self._flying.put(None)
+            settling.join(self._config.keepalive_s)
+        return self._failure
 
     def _send(self, batch: list[Outgoing]) -> None:
-        timeout_s, started_at = self._config.silence_timeout_s, self._clock()
-        payload = _joined([outgoing.payload.to(self._transport.payload_device) for outgoing in batch])
-        frame = Frame(FrameKind.SEGMENTS, tuple(outgoing.entry for outgoing in batch))
-        if payload.numel() != frame.num_payload_bytes:  # gloo ends the peer's process where more comes than it expects
-            raise IntegrityError(f"{payload.numel()} bytes of payload, {frame.num_payload_bytes} announced")
-        send_frame(self._transport, frame, timeout_s)
-        self._transport.send_payload(payload, timeout_s)
-        sent_at = self._clock()
-        self._outbox.sent(batch)
-        for outgoing in batch:
-            share = (sent_at - started_at) * outgoing.num_bytes / payload.numel()
+        """Put a batch on its way, or the sign of life that an empty one is; waits while `WINDOW` of them are."""
+        timeout_s = self._config.silence_timeout_s
+        if not self._window.acquire(timeout=timeout_s):
+            raise TransferError("pair_down", f"the peer has taken nothing for {timeout_s:g} s")
+        if self.closed:
+            return
+        started_at = self._clock()
+        parts = [outgoing.payload.to(self._transport.payload_device) for outgoing in batch]
+        for part, outgoing in zip(parts, batch, strict=True):
+            if part.numel() != outgoing.num_bytes:  # gloo ends the peer's process where more comes than it expects
+                raise IntegrityError(f"{part.numel()} bytes of payload, {outgoing.num_bytes} announced")
+        kind = FrameKind.SEGMENTS if batch else FrameKind.KEEPALIVE
+        frame = Frame(kind, tuple(outgoing.entry for outgoing in batch))
+        self._flying.put(_Flight(batch, parts, started_at, begin_frame(self._transport, frame, parts, timeout_s)))
+
+    def _settle(self) -> None:
+        """A thread's work: see what is on its way arrive, and let its memory be used again."""
+        free_at = -math.inf  # when the channel had carried what came before
+        try:
+            while (flight := self._flying.get()) is not None:
+                flight.delivery.wait(self._config.silence_timeout_s)
+                self._window.release()
+                free_at = self._book(flight, max(free_at, flight.started_at))
+            self._failure = "closed"
+        except TransferError as error:
+            self._failure = str(error)
+        finally:
+            self.close()
+            self._window.release()  # whoever waits for room sees that it is closed
+
+    def _book(self, flight: _Flight, started_at: float) -> float:
+        """Tell of a batch that has left; returns when it had."""
+        sent_at, num_bytes = self._clock(), sum(outgoing.num_bytes for outgoing in flight.batch)
+        self._outbox.sent(flight.batch)
+        for outgoing in flight.batch:
+            share = (sent_at - started_at) * outgoing.num_bytes / num_bytes
             self._on_sent(outgoing.entry.key, outgoing.num_bytes, share, sent_at)
+        return sent_at
 
 
 class ReceiveChannel(Channel):
@@ -160,27 +209,19 @@ class ReceiveChannel(Channel):
                 raise TransferError("corrupt_frame", f"a frame of kind {frame.kind.name} in the middle")
 
     def _receive_segments(self, frame: Frame) -> None:
-        payload = self._transport.receive_payload(frame.num_payload_bytes, self._config.silence_timeout_s)
-        offset = 0
-        for entry in frame.entries:
-            end = offset + entry.record.num_bytes
-            self._on_segment(entry, payload[offset:end])
-            offset = end
+        sizes = [entry.record.num_bytes for entry in frame.entries]
+        parts = self._transport.receive_parts(sizes, self._config.silence_timeout_s)
+        for entry, payload in zip(frame.entries, parts, strict=True):
+            self._on_segment(entry, payload)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts as one tensor: without a copy where each begins in memory at the end of the one before."""
-    first, num_bytes = parts[0], sum(part.numel() for part in parts)
-    end = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != end or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(parts)
-        end += part.numel()
-    return first.as_strided((num_bytes,), (1,))
+def begin_frame(transport: Transport, frame: Frame, parts: Sequence[Tensor], timeout_s: float) -> Delivery:
+    return transport.send(torch.frombuffer(bytearray(pack(frame)), dtype=torch.uint8), parts, timeout_s)
 
 
 def send_frame(transport: Transport, frame: Frame, timeout_s: float) -> None:
-    transport.send_frame(torch.frombuffer(bytearray(pack(frame)), dtype=torch.uint8), timeout_s)
+    """Send it alone; returns when the peer has taken it."""
+    begin_frame(transport, frame, (), timeout_s).wait(timeout_s)
 
 
 def receive_frame(transport: Transport, timeout_s: float) -> Frame:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.ticket import AttemptKey
 from kv_transfer.frame import MAX_SEGMENTS, Entry
-from kv_transfer.ring import Ring
+from kv_transfer.room import Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,10 @@ class Outbox:
 
     def __init__(self, max_bytes: int, coalesce_bytes: int, memory: Tensor | None = None) -> None:
         self._max_bytes, self._coalesce_bytes, self._memory = max_bytes, coalesce_bytes, memory
-        self._ring = Ring(0 if memory is None else memory.numel())
+        self._room = Room(0 if memory is None else memory.numel())
         self._changed = threading.Condition()
         self._queue: deque[Outgoing] = deque()
-        self._num_bytes = 0  # queued and being sent, outside of the ring
+        self._num_bytes = 0  # queued and being sent, outside of the room
         self._num_left = 0
         self._stuck = False  # somebody has waited in vain, and nothing has left since
         self._closed = False
@@ -49,7 +49,7 @@ class Outbox:
     @property
     def num_bytes(self) -> int:
         """Staging in use: what is being made, queued and sent."""
-        return self._num_bytes + self._ring.num_bytes
+        return self._num_bytes + self._room.num_bytes
 
     def stage(self, num_bytes: int, patience_s: float, wanted: Callable[[], bool]) -> Tensor | None:
         """Room for a payload to be made in, which ends with `put` or `unstage`.
@@ -63,7 +63,7 @@ class Outbox:
             def found() -> bool:
                 nonlocal place
                 if place is None and not self._closed and wanted():
-                    place = self._ring.take(num_bytes)
+                    place = self._room.take(num_bytes)
                 return self._closed or not wanted() or place is not None
 
             self._wait(found, patience_s)
@@ -155,4 +155,4 @@ class Outbox:
 
     def _free_staged(self, payload: Tensor) -> None:
         assert self._memory is not None
-        self._ring.free(payload.data_ptr() - self._memory.data_ptr())
+        self._room.free(payload.data_ptr() - self._memory.data_ptr())

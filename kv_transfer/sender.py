@@ -6,8 +6,6 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from core.clock import Clock
 from core.errors import TransferError
 from core.messages import TransferStats
@@ -197,13 +195,8 @@ class KVSender:
         return sending
 
     def _push(self, sending: _Sending, segment: Segment, block_ids: Sequence[int]) -> bool:
-        if (copied := self._copy(sending, segment, block_ids)) is not None:
-            payload, value, staged = copied
-            record = SegmentRecord(segment, payload.numel(), value)
-            sending.records.append(record)
-            by_blocks = staged and sending.channel.by_blocks
-            block_size = self._storage.layout.block_size if by_blocks else 0
-            outgoing = Outgoing(Entry(sending.key, record, block_size), payload, staged)
+        if (outgoing := self._copy(sending, segment, block_ids)) is not None:
+            sending.records.append(outgoing.entry.record)
             if sending.channel.put(outgoing, lambda: sending.holding.live):
                 return True
         if sending.channel.closed:
@@ -212,8 +205,8 @@ class KVSender:
             self._fail(sending, "staging_full", "the channel took no more segments in time")
         return False
 
-    def _copy(self, sending: _Sending, segment: Segment, block_ids: Sequence[int]) -> tuple[Tensor, int, bool] | None:
-        """A segment's payload, its checksum, and whether it is staged; None where there was no room in time.
+    def _copy(self, sending: _Sending, segment: Segment, block_ids: Sequence[int]) -> Outgoing | None:
+        """A segment as it leaves; None where there was no room in time.
 
         On a GPU the checksum waits for the copy, so that the channel's thread may touch it from any stream.
         """
@@ -221,18 +214,24 @@ class KVSender:
         where = (s.layer, block_ids, s.token_start, s.token_end)
         heads = (s.kv_head_start, s.kv_head_end)
         layout, wire_dtype = self._storage.layout, sending.holding.ticket.kv_wire_dtype
-        if self._storage.device.type != "cpu" or layout.on_wire(wire_dtype) != layout:
+        as_cached, block_size = layout.on_wire(wire_dtype) == layout, 0
+        if self._storage.device.type != "cpu":
             payload = to_wire(self._storage.read(*where, heads), layout, wire_dtype)
-            return payload, checksum(payload), False
-        num_bytes = segment.num_cells * layout.bytes_per_cell
+            return Outgoing(Entry(sending.key, SegmentRecord(s, payload.numel(), checksum(payload))), payload)
+        num_bytes = segment.num_cells * layout.on_wire(wire_dtype).bytes_per_cell
         staged = channel.stage(num_bytes, lambda: sending.holding.live)
         if staged is None:
             return None
         try:
-            return staged, self._storage.read_into(*where, staged, heads, by_blocks=channel.by_blocks), True
+            if as_cached:
+                value = self._storage.read_into(*where, staged, heads, by_blocks=channel.by_blocks)
+                block_size = layout.block_size if channel.by_blocks else 0
+            else:
+                value = checksum(staged.copy_(to_wire(self._storage.read(*where, heads), layout, wire_dtype)))
         except BaseException:
             channel.unstage(staged)
             raise
+        return Outgoing(Entry(sending.key, SegmentRecord(s, num_bytes, value), block_size), staged, staged=True)
 
     def _fail(self, sending: _Sending, reason: str, message: str) -> None:
         with self._changed:

@@ -16,7 +16,9 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.errors import TransferError
-from kv_transfer.frame import MAX_PAYLOAD_BYTES
+from core.errors import IntegrityError, TransferError
+from kv_transfer.transport import Delivery
 
 _PLACE = struct.Struct("<QQ")  # offset and bytes of payload
 _TAKEN, _DONE = b"t", b"d"
@@ -48,74 +50,76 @@ def host_identity() -> str:
 
 
 class SharedMemoryTransport:
-    """One end. Frames, and where payload lies, go over a Unix socket of the two.
+    """One end. Frames, and where their payload lies, go over a Unix socket of the two.
 
-    A frame has left when it is in the socket; that the peer took it is made sure of before the next one, or the
-    payload. `memory` is the sender's to stage payload in: such payload is not copied again.
+    The receiver says of each frame that it has it, and of each payload when it is done with it. `memory` is the
+    sender's: all payload must lie there, and is not copied again.
     """
 
     name = "shm"
     payload_device = torch.device("cpu")
 
     def __init__(self, connection: socket.socket, region: Tensor, *, sends: bool) -> None:
-        """`region`: [N + MAX_PAYLOAD_BYTES] uint8, the last of it for payload that was not staged."""
+        """`region`: [N] uint8."""
         self._connection, self._region = connection, region
-        self.memory: Tensor | None = region[:-MAX_PAYLOAD_BYTES] if sends else None
+        self.memory: Tensor | None = region if sends else None
         self._aborted = threading.Event()
-        self._owed = b""  # what the peer has yet to say
+        self._num_sent = self._num_done = 0
+        self._owed: deque[bytes] = deque()  # what the peer has yet to say of each message that is not done
         self._using = False  # the payload that was received last
         weakref.finalize(self, connection.close)
 
-    def send_frame(self, frame: Tensor, timeout_s: float) -> None:
+    def send(self, frame: Tensor, parts: Sequence[Tensor], timeout_s: float) -> Delivery:
+        message = b"".join([_bytes(frame), *map(self._place, parts)])
+        self._owed.append(_TAKEN + _DONE if parts else _TAKEN)
+        self._num_sent += 1
         with self._reasons(timeout_s):
-            self._settle()
-            self._connection.sendall(_bytes(frame))
-            self._owed = _TAKEN
+            self._connection.sendall(message)
+        return _Message(self, self._num_sent)
 
     def receive_frame(self, frame: Tensor, timeout_s: float) -> None:
         with self._reasons(timeout_s):
-            self._give_back()
-            self._settle()
+            if self._using:
+                self._using = False
+                self._connection.sendall(_DONE)
             self._receive(_bytes(frame))
             self._connection.sendall(_TAKEN)
 
-    def send_payload(self, payload: Tensor, timeout_s: float) -> None:
-        offset = payload.data_ptr() - self._region.data_ptr()
-        if not 0 <= offset <= self._region.numel() - payload.numel():
-            offset = self._region.numel() - MAX_PAYLOAD_BYTES
-            self._region[offset : offset + payload.numel()].copy_(payload)
+    def receive_parts(self, sizes: Sequence[int], timeout_s: float) -> Iterator[Tensor]:
+        places = bytearray(_PLACE.size * len(sizes))
         with self._reasons(timeout_s):
-            self._connection.sendall(_PLACE.pack(offset, payload.numel()))
-            self._owed += _DONE
-            self._settle()
-
-    def receive_payload(self, num_bytes: int, timeout_s: float) -> Tensor:
-        place = bytearray(_PLACE.size)
-        with self._reasons(timeout_s):
-            self._receive(memoryview(place))
-        offset, announced = _PLACE.unpack(place)
-        if announced != num_bytes or offset + num_bytes > self._region.numel():
-            raise TransferError("corrupt_frame", f"{announced} bytes at {offset} are not the {num_bytes} of the frame")
+            self._receive(memoryview(places))
+            parts = [self._part(size, *place) for size, place in zip(sizes, _PLACE.iter_unpack(places), strict=True)]
         self._using = True
-        return self._region[offset : offset + num_bytes]
+        return iter(parts)
+
+    def wait(self, number: int, timeout_s: float) -> None:
+        """Until the peer is done with that message."""
+        while self._num_done < number:
+            owed = self._owed.popleft()
+            answer = bytearray(len(owed))
+            with self._reasons(timeout_s):
+                self._receive(memoryview(answer))
+                if answer != owed:
+                    raise TransferError("pair_down", "the peer says what it should not")
+            self._num_done += 1
+
+    def _part(self, size: int, offset: int, announced: int) -> Tensor:
+        if announced != size or offset + size > self._region.numel():
+            text = f"{announced} bytes at {offset} are not the {size} of the frame"
+            raise TransferError("corrupt_frame", text)
+        return self._region[offset : offset + size]
+
+    def _place(self, part: Tensor) -> bytes:
+        offset = part.data_ptr() - self._region.data_ptr()
+        if not 0 <= offset <= self._region.numel() - part.numel():
+            raise IntegrityError("payload lies outside of the memory that is shared")
+        return _PLACE.pack(offset, part.numel())
 
     def abort(self) -> None:
         self._aborted.set()
         with contextlib.suppress(OSError):  # it has ended already
             self._connection.shutdown(socket.SHUT_RDWR)
-
-    def _give_back(self) -> None:
-        if self._using:
-            self._using = False
-            self._connection.sendall(_DONE)
-
-    def _settle(self) -> None:
-        """Wait for what the peer owes."""
-        answer = bytearray(len(self._owed))
-        self._receive(memoryview(answer))
-        if answer != self._owed:
-            raise TransferError("pair_down", "the peer says what it should not")
-        self._owed = b""
 
     def _receive(self, into: memoryview) -> None:
         while into:
@@ -135,6 +139,17 @@ class SharedMemoryTransport:
             raise TransferError("pair_down", reason) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """The message of that number."""
+
+    transport: SharedMemoryTransport
+    number: int
+
+    def wait(self, timeout_s: float) -> None:
+        self.transport.wait(self.number, timeout_s)
+
+
 def _bytes(frame: Tensor) -> memoryview:
     array: Any = frame.numpy()
     return memoryview(array)
@@ -145,7 +160,7 @@ class Invitation:
 
     def __init__(self, num_bytes: int) -> None:
         """`num_bytes`: what may be staged at once."""
-        self._num_bytes = num_bytes + MAX_PAYLOAD_BYTES
+        self._num_bytes = num_bytes
         self.address = _new_address()
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.bind(self.address)
@@ -187,8 +202,6 @@ def visit(connection: socket.socket, address: bytes, timeout_s: float) -> Shared
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    if len(memory) <= MAX_PAYLOAD_BYTES:
-        raise OSError(f"the peer's memory has {len(memory)} bytes")
     return SharedMemoryTransport(connection, _ReadOnly(memory).tensor(), sends=False)
 
 

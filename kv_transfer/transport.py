@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -11,16 +13,25 @@ import torch.distributed
 from torch import Tensor
 
 from core.errors import ConfigError, TransferError
+from kv_transfer.frame import FRAME_BYTES
 
 _FRAME_TAG, _PAYLOAD_TAG, _ABORT_TAG = range(3)
 
 dist: Any = torch.distributed  # its stubs leave out stores and the groups' own calls
 
 
-class Transport(Protocol):
-    """One end of a connected pair, used by one thread at a time. Every failure is a TransferError `pair_down`.
+class Delivery(Protocol):
+    """A message on its way."""
 
-    Messages arrive in order. No call outlasts its `timeout_s`; a call that fails leaves the connection broken.
+    def wait(self, timeout_s: float) -> None:
+        """Returns when its memory may be reused; one message after the other, in the order that they were sent."""
+
+
+class Transport(Protocol):
+    """One end of a connected pair. Every failure is a TransferError `pair_down`.
+
+    One thread sends, another waits for deliveries, a third may abort; or one receives. Messages arrive in order. No
+    call outlasts its `timeout_s`; one that fails leaves the connection broken.
     """
 
     name: str
@@ -28,18 +39,18 @@ class Transport(Protocol):
     payload_device: torch.device
     """Where payload must lie to be sent, and lies when received."""
     memory: Tensor | None
-    """[N] uint8: the sender's, to stage payload in that then leaves without a copy; None where any memory will do."""
+    """[N] uint8: the sender's, in which its payload must lie; None where any memory will do."""
 
-    def send_frame(self, frame: Tensor, timeout_s: float) -> None:
-        """Returns when the [FRAME_BYTES] uint8 CPU tensor may be reused, the peer having taken the one before it."""
+    def send(self, frame: Tensor, parts: Sequence[Tensor], timeout_s: float) -> Delivery:
+        """Begin to send a [FRAME_BYTES] uint8 CPU tensor, then `parts`: 1-D uint8 tensors on `payload_device`."""
 
     def receive_frame(self, frame: Tensor, timeout_s: float) -> None: ...
 
-    def send_payload(self, payload: Tensor, timeout_s: float) -> None:
-        """Returns when the 1-D uint8 tensor on `payload_device` may be reused."""
+    def receive_parts(self, sizes: Sequence[int], timeout_s: float) -> Iterator[Tensor]:
+        """What came with the frame: [size] uint8 each, to be read until the next `receive_frame`.
 
-    def receive_payload(self, num_bytes: int, timeout_s: float) -> Tensor:
-        """[num_bytes] uint8, to be read until the next call."""
+        The later ones come while the caller is busy with the ones before.
+        """
 
     def abort(self) -> None:
         """Break the connection. Idempotent, from any thread; calls under way here and at the peer fail at once."""
@@ -63,29 +74,39 @@ class ProcessGroupTransport:
         self.name = "gloo" if nccl is None else "nccl"
         self.payload_device = device if nccl is not None else torch.device("cpu")
         self.memory: Tensor | None = None
+        self._next: tuple[Tensor, Any] | None = None  # the next frame's memory, which gloo may be writing
         self._staging = torch.empty(0, dtype=torch.uint8, device=self.payload_device)
 
-    def send_frame(self, frame: Tensor, timeout_s: float) -> None:
-        self._run(self._gloo.send, frame, _FRAME_TAG, timeout_s)
+    def send(self, frame: Tensor, parts: Sequence[Tensor], timeout_s: float) -> Delivery:
+        works = [self._begin(self._gloo.send, frame, _FRAME_TAG)]
+        if self._nccl is None:
+            works += [self._begin(self._gloo.send, part, _PAYLOAD_TAG) for part in parts]
+        else:
+            for part in parts:
+                self._run_nccl(self._nccl.send, part, timeout_s)
+        return _Works((frame, *parts), works, self._finish)
 
     def receive_frame(self, frame: Tensor, timeout_s: float) -> None:
-        self._run(self._gloo.recv, frame, _FRAME_TAG, timeout_s)
+        """The frame after the next is asked for already: then the peer can send it while this one's payload is read."""
+        if self._next is None:
+            self._next = self._ask()
+        data, work = self._next
+        self._finish(work, timeout_s)
+        frame.copy_(data)
+        self._next = self._ask()
 
-    def send_payload(self, payload: Tensor, timeout_s: float) -> None:
-        if self._nccl is None:
-            self._run(self._gloo.send, payload, _PAYLOAD_TAG, timeout_s)
-        else:
-            self._run_nccl(self._nccl.send, payload, timeout_s)
-
-    def receive_payload(self, num_bytes: int, timeout_s: float) -> Tensor:
-        if num_bytes > self._staging.numel():
-            self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self.payload_device)
-        payload = self._staging[:num_bytes]
-        if self._nccl is None:
-            self._run(self._gloo.recv, payload, _PAYLOAD_TAG, timeout_s)
-        else:
-            self._run_nccl(self._nccl.recv, payload, timeout_s)
-        return payload
+    def receive_parts(self, sizes: Sequence[int], timeout_s: float) -> Iterator[Tensor]:
+        if sum(sizes) > self._staging.numel():
+            self._staging = torch.empty(sum(sizes), dtype=torch.uint8, device=self.payload_device)
+        parts = torch.split(self._staging[: sum(sizes)], list(sizes))
+        if self._nccl is not None:
+            for part in parts:
+                self._run_nccl(self._nccl.recv, part, timeout_s)
+                yield part
+            return
+        for part, work in [(part, self._begin(self._gloo.recv, part, _PAYLOAD_TAG)) for part in parts]:
+            self._finish(work, timeout_s)
+            yield part
 
     def abort(self) -> None:
         if self._aborted.is_set():
@@ -98,9 +119,19 @@ class ProcessGroupTransport:
         except RuntimeError:
             return  # as meant: the sockets are closed, now or before
 
-    def _run(self, call: Any, tensor: Tensor, tag: int, timeout_s: float) -> None:
+    def _ask(self) -> tuple[Tensor, Any]:
+        data = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        return data, self._begin(self._gloo.recv, data, _FRAME_TAG)
+
+    def _begin(self, call: Any, tensor: Tensor, tag: int) -> Any:
         try:
-            call([tensor], self._peer, tag).wait(timedelta(seconds=timeout_s))
+            return call([tensor], self._peer, tag)
+        except RuntimeError as error:
+            raise TransferError("pair_down", self._reason(error)) from error
+
+    def _finish(self, work: Any, timeout_s: float) -> None:
+        try:
+            work.wait(timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise TransferError("pair_down", self._reason(error)) from error
 
@@ -122,6 +153,19 @@ class ProcessGroupTransport:
 
     def _reason(self, error: Exception) -> str:
         return "the channel was aborted" if self._aborted.is_set() else first_sentence(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Works:
+    """A frame and its payload, sent by gloo."""
+
+    keep: tuple[Tensor, ...]
+    works: list[Any]
+    finish: Callable[[Any, float], None]
+
+    def wait(self, timeout_s: float) -> None:
+        for work in self.works:
+            self.finish(work, timeout_s)
 
 
 def wants_nccl(backend: str, device: torch.device, available: bool) -> bool:

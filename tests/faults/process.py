@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
 from kv_transfer.plane import KVPlane
 from kv_transfer.rendezvous import GroupRendezvous, Rendezvous
-from kv_transfer.transport import Transport
+from kv_transfer.transport import Delivery, Transport
 
 SOCKET = "PENSTOCK_TEST_STEPS"
 
@@ -99,14 +100,14 @@ class FaultyTransport:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def send_payload(self, payload: Tensor, timeout_s: float) -> None:
-        match self._faults.take_damage():
-            case "damage":
-                payload = payload.clone()
-                payload[payload.numel() // 2] ^= 0x10
-            case "cut":
-                self._inner.abort()
-        self._inner.send_payload(payload, timeout_s)
+    def send(self, frame: Tensor, parts: Sequence[Tensor], timeout_s: float) -> Delivery:
+        if parts:
+            match self._faults.take_damage():
+                case "damage":
+                    parts[0][parts[0].numel() // 2] ^= 0x10
+                case "cut":
+                    self._inner.abort()
+        return self._inner.send(frame, parts, timeout_s)
 
 
 class FaultyRendezvous:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,31 +23,37 @@ def _unharmed(message: Tensor) -> Tensor:
 
 
 class Wire:
-    """One direction: a message leaves when it is taken."""
+    """One direction: messages leave when they are taken."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.broken = False
         self.damage: Damage = _unharmed
         self._held = False
-        self._message: Tensor | None = None
+        self._messages: deque[Tensor] = deque()
+        self._num_sent = self._num_taken = 0
 
-    def send(self, message: Tensor, timeout_s: float) -> None:
+    def send(self, message: Tensor) -> int:
+        """Its number."""
         with self.changed:
-            self._message = self.damage(message.clone())
+            self._messages.append(self.damage(message.clone()))
+            self._num_sent += 1
             self.changed.notify_all()
-            self._wait(lambda: self._message is None, timeout_s)
+            return self._num_sent
+
+    def until_taken(self, number: int, timeout_s: float) -> None:
+        with self.changed:
+            self._wait(lambda: self._num_taken >= number, timeout_s)
 
     def receive(self, into: Tensor, timeout_s: float) -> None:
         with self.changed:
-            self._wait(lambda: self._message is not None and not self._held, timeout_s)
-            assert self._message is not None
-            if into.numel() != self._message.numel():
+            self._wait(lambda: self._messages and not self._held, timeout_s)
+            if into.numel() != self._messages[0].numel():
                 self.broken = True
                 self.changed.notify_all()
                 raise TransferError("pair_down", "the message is of another size")
-            into.copy_(self._message)
-            self._message = None
+            into.copy_(self._messages.popleft())
+            self._num_taken += 1
             self.changed.notify_all()
 
     def hold(self, held: bool) -> None:
@@ -57,19 +65,28 @@ class Wire:
     def until_sending(self, timeout_s: float) -> bool:
         """Whether something is on its way before `timeout_s`."""
         with self.changed:
-            return self.changed.wait_for(lambda: self._message is not None, timeout_s)
+            return self.changed.wait_for(lambda: bool(self._messages), timeout_s)
 
     def break_(self) -> None:
         with self.changed:
             self.broken = True
             self.changed.notify_all()
 
-    def _wait(self, done: Callable[[], bool], timeout_s: float) -> None:
+    def _wait(self, done: Callable[[], object], timeout_s: float) -> None:
         self.changed.wait_for(lambda: done() or self.broken, timeout_s)
         if self.broken or not done():
             self.broken = True
             self.changed.notify_all()
             raise TransferError("pair_down", "the wire is broken")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    wire: Wire
+    number: int
+
+    def wait(self, timeout_s: float) -> None:
+        self.wire.until_taken(self.number, timeout_s)
 
 
 class MemoryTransport:
@@ -80,19 +97,17 @@ class MemoryTransport:
         self.memory: Tensor | None = None
         self._outward, self._inward = outward, inward
 
-    def send_frame(self, frame: Tensor, timeout_s: float) -> None:
-        self._outward.send(frame, timeout_s)
+    def send(self, frame: Tensor, parts: Sequence[Tensor], timeout_s: float) -> Message:
+        return Message(self._outward, [self._outward.send(each) for each in (frame, *parts)][-1])
 
     def receive_frame(self, frame: Tensor, timeout_s: float) -> None:
         self._inward.receive(frame, timeout_s)
 
-    def send_payload(self, payload: Tensor, timeout_s: float) -> None:
-        self._outward.send(payload, timeout_s)
-
-    def receive_payload(self, num_bytes: int, timeout_s: float) -> Tensor:
-        payload = torch.empty(num_bytes, dtype=torch.uint8)
-        self._inward.receive(payload, timeout_s)
-        return payload
+    def receive_parts(self, sizes: Sequence[int], timeout_s: float) -> Iterator[Tensor]:
+        for size in sizes:
+            part = torch.empty(size, dtype=torch.uint8)
+            self._inward.receive(part, timeout_s)
+            yield part
 
     def abort(self) -> None:
         self._outward.break_()

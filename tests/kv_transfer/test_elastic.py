@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.events import TransferFailed
 from kv_transfer.pairs import MAX_ENDED
 from tests.kv_transfer.harness import QUICK, WAIT_S, Transfer, Worker, connect, connects, layout, tickets
-from tests.kv_transfer.memory_transport import MemoryNetwork, MemoryTransport
+from tests.kv_transfer.memory_transport import MemoryNetwork, MemoryTransport, Message
 
 HASTY = TransferConfig(connect_timeout_s=5.0, silence_timeout_s=0.3, keepalive_s=0.1)
 
@@ -101,11 +101,11 @@ class Hanging(MemoryTransport):
         self.hang, self._deaf, self._aborted = threading.Event(), deaf, threading.Event()
         self.let_go = threading.Event()
 
-    def send_frame(self, frame: Tensor, timeout_s: float) -> None:
+    def send(self, frame: Tensor, parts: Sequence[Tensor], timeout_s: float) -> Message:
         if self.hang.is_set():
             (self.let_go if self._deaf else self._aborted).wait(WAIT_S)
             raise TransferError("pair_down", "the channel was aborted")
-        super().send_frame(frame, timeout_s)
+        return super().send(frame, parts, timeout_s)
 
     def abort(self) -> None:
         if self._deaf and self.hang.is_set():

@@ -34,16 +34,18 @@ class Meeting:
         """What carries the payload on each side, or why nothing does."""
         connect = Connect("p", "d", 1, self.sides[RECEIVER].address, layout())
 
-        def one(rank: int) -> str:
+        def one(rank: int) -> Transport | str:
             try:
-                transport = self.sides[rank].meet(connect, rank)
+                return self.sides[rank].meet(connect, rank)
             except TransferError as error:
                 return f"{error.reason}: {error}"
-            transport.abort()
-            return transport.name
 
         with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(one, (SENDER, RECEIVER), timeout=WAIT_S))
+            met = list(pool.map(one, (SENDER, RECEIVER), timeout=WAIT_S))
+        for each in met:
+            if not isinstance(each, str):
+                each.abort()  # not before both have come: it would end the other's coming
+        return [each if isinstance(each, str) else each.name for each in met]
 
 
 @contextmanager

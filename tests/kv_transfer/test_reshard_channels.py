@@ -129,7 +129,9 @@ def send(plan: ReshardPlan, source: Ranks, moving: Links) -> list[SegmentRecord]
             payload = source.read(rank, segment)
             sent.append(SegmentRecord(segment, payload.numel(), checksum(payload)))
             channel = moving.senders[rank, segment.receiver_rank]
-            assert channel.put(Outgoing(Entry(KEY, sent[-1]), payload), lambda: True)
+            staged = channel.stage(payload.numel(), lambda: True)
+            assert staged is not None
+            assert channel.put(Outgoing(Entry(KEY, sent[-1]), staged.copy_(payload), staged=True), lambda: True)
     return sent
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.errors import TransferError
-from kv_transfer.frame import FRAME_BYTES, MAX_PAYLOAD_BYTES
+from core.errors import IntegrityError, TransferError
+from kv_transfer.frame import FRAME_BYTES
 from kv_transfer.shared_memory import Invitation, SharedMemoryTransport, visit
+from kv_transfer.transport import Delivery
 
 WAIT_S = 10.0
 SIZE = 1 << 20
@@ -40,44 +41,53 @@ def frame(value: int = 0) -> torch.Tensor:
     return torch.full((FRAME_BYTES,), value, dtype=torch.uint8)
 
 
-def send(sender: SharedMemoryTransport, payload: torch.Tensor) -> None:
-    sender.send_frame(frame(1), WAIT_S)
-    sender.send_payload(payload, WAIT_S)
+def send(sender: SharedMemoryTransport, payload: torch.Tensor, offset: int = 0) -> Delivery:
+    assert sender.memory is not None
+    part = sender.memory[offset : offset + payload.numel()]
+    return sender.send(frame(int(payload[0])), (part.copy_(payload),), WAIT_S)
 
 
-@pytest.mark.parametrize("staged", [True, False])
-def test_payload_arrives_staged_or_not(staged: bool) -> None:
-    with joined() as (sender, receiver), ThreadPoolExecutor(1) as pool:
-        assert sender.memory is not None
+def test_payload_arrives_from_where_it_was_staged() -> None:
+    with joined() as (sender, receiver):
         payload = torch.randint(256, (1000,), dtype=torch.uint8)
-        place = sender.memory[SIZE - 1000 :]
-        sent = pool.submit(send, sender, place.copy_(payload) if staged else payload)
+        send(sender, payload, SIZE - 1000)
         receiver.receive_frame(frame(), WAIT_S)
-        assert torch.equal(receiver.receive_payload(1000, WAIT_S), payload)
-        assert not sent.done()  # the memory is the receiver's to read until it comes for the next
-        receiver.abort()
-        with pytest.raises(TransferError):
-            sent.result(WAIT_S)
+        assert torch.equal(next(receiver.receive_parts([1000], WAIT_S)), payload)
+
+
+def test_payload_that_is_not_staged_is_refused() -> None:
+    with joined() as (sender, _), pytest.raises(IntegrityError):
+        sender.send(frame(1), (torch.zeros(8, dtype=torch.uint8),), WAIT_S)
 
 
 def test_a_sender_has_its_memory_back_when_the_receiver_comes_for_more() -> None:
-    with joined() as (sender, receiver), ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(send, sender, torch.zeros(8, dtype=torch.uint8))
+    with joined() as (sender, receiver):
+        sent = send(sender, torch.zeros(8, dtype=torch.uint8))
         receiver.receive_frame(frame(), WAIT_S)
-        receiver.receive_payload(8, WAIT_S)
-        more = pool.submit(sender.send_frame, frame(7), WAIT_S)
+        receiver.receive_parts([8], WAIT_S)
+        more = sender.send(frame(7), (), WAIT_S)
         received = frame()
         receiver.receive_frame(received, WAIT_S)
-        sent.result(WAIT_S)
-        more.result(WAIT_S)
+        sent.wait(WAIT_S)
+        more.wait(WAIT_S)
         assert torch.equal(received, frame(7))
 
 
-def test_a_receiver_that_takes_nothing_is_noticed_at_the_second_frame() -> None:
-    with joined() as (sender, _):
-        sender.send_frame(frame(), WAIT_S)
+def test_several_messages_may_be_on_their_way_and_are_done_one_after_the_other() -> None:
+    with joined() as (sender, receiver):
+        sent = [send(sender, torch.full((8,), i, dtype=torch.uint8), 8 * i) for i in (1, 2)]
+        for i in (1, 2):
+            receiver.receive_frame(received := frame(), WAIT_S)
+            assert torch.equal(received, frame(i))
+            assert next(receiver.receive_parts([8], WAIT_S)).tolist() == [i] * 8
+        sent[0].wait(WAIT_S)
         with pytest.raises(TransferError, match="timed out"):
-            sender.send_frame(frame(), 0.05)
+            sent[1].wait(0.05)
+
+
+def test_a_receiver_that_takes_nothing_is_noticed() -> None:
+    with joined() as (sender, _), pytest.raises(TransferError, match="timed out"):
+        sender.send(frame(), (), WAIT_S).wait(0.05)
 
 
 @pytest.mark.parametrize("mine", [True, False], ids=["its own", "the peer's"])
@@ -89,12 +99,12 @@ def test_an_abort_wakes_who_waits_for_a_frame(mine: bool) -> None:
             receiving.result(WAIT_S)
 
 
-@pytest.mark.parametrize("place", [(0, 7), (SIZE + MAX_PAYLOAD_BYTES - 4, 8), (1 << 60, 8)])
+@pytest.mark.parametrize("place", [(0, 7), (SIZE - 4, 8), (1 << 60, 8)])
 def test_payload_outside_of_the_memory_is_refused(place: tuple[int, int]) -> None:
     with joined() as (sender, receiver):
         sender._connection.sendall(place[0].to_bytes(8, "little") + place[1].to_bytes(8, "little"))
         with pytest.raises(TransferError, match="are not the 8 of the frame"):
-            receiver.receive_payload(8, WAIT_S)
+            receiver.receive_parts([8], WAIT_S)
 
 
 def test_the_receiver_can_not_write_the_memory() -> None:
