@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -120,6 +121,7 @@ def test_the_receiver_can_not_write_the_memory() -> None:
 
 
 def test_no_descriptor_and_no_file_is_left() -> None:
+    gc.collect()  # what tests before have left
     files, descriptors = set(Path("/dev/shm").iterdir()), len(list(Path("/proc/self/fd").iterdir()))
     with joined() as (sender, receiver):
         assert set(Path("/dev/shm").iterdir()) == files
