@@ -33,6 +33,12 @@ def network() -> MemoryNetwork:
 
 
 @pytest.fixture
+def one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after the first batch is queued, and not on its way."""
+    monkeypatch.setattr("kv_transfer.channel.WINDOW", 1)
+
+
+@pytest.fixture
 def both(network: MemoryNetwork) -> Iterator[tuple[Worker, Worker]]:
     with pair(config=PATIENT, network=network) as workers:
         yield workers
@@ -64,6 +70,7 @@ def test_cancel_in_any_stage_frees_both_sides_and_nothing_else(both: tuple[Worke
     assert prefill.silent()
 
 
+@pytest.mark.usefixtures("one_batch_at_a_time")
 def test_what_is_queued_does_not_leave_after_a_cancel(both: tuple[Worker, Worker], network: MemoryNetwork) -> None:
     prefill, decode = both
     network.to_receiver[1].hold(True)
