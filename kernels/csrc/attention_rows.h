@@ -29,6 +29,7 @@ struct Chunk {
     int64_t key_stride, value_stride;
     const Item* keys[BLOCKS];    // [D, 16] each, `key_stride` between rows
     const Item* values[BLOCKS];  // [16, Dv] each, `value_stride` between rows
+    bool has_ahead = false;
     const Item *keys_ahead[BLOCKS], *values_ahead[BLOCKS];  // of the next chunk, or the same again
     const float *key_scales[BLOCKS], *value_scales[BLOCKS];  // [16] each; of int8 only
 };
@@ -54,7 +55,9 @@ class Rows {
 
     // Row r is query `q` [D] of `head`, at `position`; its result goes to `place`.
     void set(int r, int64_t place, const float* q, int head, int64_t position) {
-        for (int64_t d = 0; d < size_; ++d) q_[static_cast<size_t>(r * size_ + d)] = q[d] * options_.scale;
+        const float scale = options_.scale;
+        float* scaled = &q_[index(r, size_)];
+        for (int64_t d = 0; d < size_; ++d) scaled[d] = q[d] * scale;
         heads_[r] = head;
         places[r] = place;
         at[r] = position;
@@ -75,7 +78,11 @@ class Rows {
             const int count = std::min(ROWS_AT_ONCE, num_rows - r);
             const int64_t last = at[r + count - 1] - chunk.first;  // what lies beyond may be anything
             if (last < 0 || first_seen(r) >= chunk.first + LANES * chunk.num_blocks) continue;
-            with_rows(count, [&]<int ROWS>() { see_rows<T, ROWS>(r, chunk, std::min<int64_t>(last + 1, LANES * chunk.num_blocks)); });
+            const int64_t num_seen = std::min<int64_t>(last + 1, LANES * chunk.num_blocks);
+            if (chunk.has_ahead && r == 0)
+                with_rows(count, [&]<int ROWS>() { see_rows<T, ROWS, true>(r, chunk, num_seen); });
+            else
+                with_rows(count, [&]<int ROWS>() { see_rows<T, ROWS, false>(r, chunk, num_seen); });
         }
     }
 
@@ -121,8 +128,8 @@ class Rows {
             store(ours + i, fma(load(theirs + i), their_factor, mul(load(ours + i), our_factor)));
     }
 
-    // `count` positions of the chunk are written, as far as the last of the rows sees.
-    template <class T, int ROWS>
+    // `count` positions of the chunk are written, as far as the last of the rows sees. AHEAD: fetches the next chunk.
+    template <class T, int ROWS, bool AHEAD>
     void see_rows(int r, const Chunk<T>& chunk, int64_t count) {
         alignas(64) float logits[ROWS * CHUNK];
         float factors[ROWS];
@@ -131,50 +138,62 @@ class Rows {
         const float* q = &q_[index(r, size_)];
         int b = 0;
         for (; b + N <= num_blocks; b += N)
-            multiply_keys<T, ROWS, N>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
+            multiply_keys<T, ROWS, N, AHEAD>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
         for (; b < num_blocks; ++b)
-            multiply_keys<T, ROWS, 1>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
-        for (int i = 0; i < ROWS; ++i) {
-            float* row = logits + i * CHUNK;
-            if constexpr (T::SCALED) scale(row, chunk.key_scales, num_blocks);
-            factors[i] = weigh(r + i, chunk.first, num_blocks, row);
-            if constexpr (T::SCALED) scale(row, chunk.value_scales, num_blocks);
-        }
+            multiply_keys<T, ROWS, 1, AHEAD>(q, size_, chunk.keys + b, chunk.keys_ahead + b, chunk.key_stride, logits + b * LANES, CHUNK);
+        if constexpr (T::SCALED) scale<ROWS>(logits, chunk.key_scales, num_blocks);
+        weigh<ROWS>(r, chunk.first, num_blocks, logits, factors);
+        if constexpr (T::SCALED) scale<ROWS>(logits, chunk.value_scales, num_blocks);
         int64_t d = 0;
         float* out = &out_[index(r, width_)];
         for (; d + N * LANES <= width_; d += N * LANES)
-            multiply_values<T, ROWS, N>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
+            multiply_values<T, ROWS, N, AHEAD>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
         for (; d < width_; d += LANES)
-            multiply_values<T, ROWS, 1>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
+            multiply_values<T, ROWS, 1, AHEAD>(logits, CHUNK, chunk.values, chunk.values_ahead, chunk.value_stride, count, factors, d, out, width_);
     }
 
-    static void scale(float* row, const float* const* scales, int num_blocks) {
-        for (int b = 0; b < num_blocks; ++b) store(row + b * LANES, mul(load(row + b * LANES), load(scales[b])));
+    template <int ROWS>
+    static void scale(float* logits, const float* const* scales, int num_blocks) {
+        for (float* row = logits; row < logits + ROWS * CHUNK; row += CHUNK)
+            for (int b = 0; b < num_blocks; ++b) store(row + b * LANES, mul(load(row + b * LANES), load(scales[b])));
     }
 
-    // Turns a row's logits into weights, 0 where it sees nothing; returns the factor for what it saw before.
-    float weigh(int r, int64_t first, int num_blocks, float* logits) {
-        const bool all_seen = first_seen(r) <= first && at[r] >= first + num_blocks * LANES - 1;
-        vf most = set1(NOTHING);
-        for (int b = 0; b < num_blocks; ++b) {
-            vf x = capped(load(logits + b * LANES));
-            if (!all_seen) x = masked(x, first + b * LANES, r);
-            store(logits + b * LANES, x);
-            most = max(x, most);
+    // Turns the logits of rows into weights, 0 where one sees nothing; factors: for what each saw before.
+    template <int ROWS>
+    void weigh(int r, int64_t first, int num_blocks, float* logits, float* factors) {
+        const bool all_seen = first_seen(r + ROWS - 1) <= first && at[r] >= first + num_blocks * LANES - 1;
+        const bool as_they_are = all_seen && options_.softcap == 0;
+        alignas(64) float now[LANES], changes[LANES] = {};
+        for (int i = 0; i < ROWS; ++i) {
+            float* row = logits + i * CHUNK;
+            vf most = set1(NOTHING);
+            for (int b = 0; b < num_blocks; ++b) {
+                vf x = load(row + b * LANES);
+                if (!as_they_are) {
+                    x = capped(x);
+                    if (!all_seen) x = masked(x, first + b * LANES, r + i);
+                    store(row + b * LANES, x);
+                }
+                most = max(x, most);
+            }
+            now[i] = std::max(max_lanes(most), most_[r + i]);
+            changes[i] = now[i] == most_[r + i] ? 0.0f : most_[r + i] - now[i];
         }
-        const float before = most_[r], now = std::max(max_lanes(most), before);
-        const vf shift = set1(now == NOTHING ? 0.0f : now);
-        vf sum = zero();
-        for (int b = 0; b < num_blocks; ++b) {
-            const vf weight = exp(sub(load(logits + b * LANES), shift));
-            store(logits + b * LANES, weight);
-            sum = add(sum, weight);
+        store(changes, exp(load(changes)));
+        for (int i = 0; i < ROWS; ++i) {
+            float* row = logits + i * CHUNK;
+            const vf shift = set1(now[i] == NOTHING ? 0.0f : now[i]);
+            vf sum = zero();
+            for (int b = 0; b < num_blocks; ++b) {
+                const vf weight = exp(sub(load(row + b * LANES), shift));
+                store(row + b * LANES, weight);
+                sum = add(sum, weight);
+            }
+            float* sums = &sums_[index(r + i, LANES)];
+            store(sums, fma(load(sums), set1(changes[i]), sum));
+            most_[r + i] = now[i];
+            factors[i] = changes[i];
         }
-        const float factor = now == before ? 1.0f : exp1(before - now);
-        float* sums = &sums_[index(r, LANES)];
-        store(sums, fma(load(sums), set1(factor), sum));
-        most_[r] = now;
-        return factor;
     }
 
     vf capped(vf x) const {

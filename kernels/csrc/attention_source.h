@@ -61,6 +61,7 @@ struct HeadSource {
   private:
     Chunk<T> in_place(const int32_t* table, int64_t head, int64_t first, int64_t end, int64_t context_len) const {
         Chunk<T> chunk(first, end, block_size, value_size);
+        chunk.has_ahead = true;
         for (int b = 0; b < chunk.num_blocks; ++b) {
             const int64_t start = first + b * LANES, next = start + CHUNK < context_len ? start + CHUNK : start;
             chunk.keys[b] = key(table, head, start);
@@ -89,8 +90,8 @@ struct HeadSource {
                     scratch.value_scales(b)[p - start] = v_scale[place(table, head, p)];
                 }
             }
-            chunk.keys[b] = chunk.keys_ahead[b] = scratch.keys(b);
-            chunk.values[b] = chunk.values_ahead[b] = scratch.values(b);
+            chunk.keys[b] = scratch.keys(b);
+            chunk.values[b] = scratch.values(b);
             chunk.key_scales[b] = scratch.key_scales(b);
             chunk.value_scales[b] = scratch.value_scales(b);
         }
@@ -131,8 +132,8 @@ struct LatentSource {
                 convert_row<T>(latent + place * key_size, key_size, scratch.values(b) + i * chunk.value_stride);
             }
             turn(scratch.values(b), chunk.value_stride, count, scratch.keys(b));
-            chunk.keys[b] = chunk.keys_ahead[b] = scratch.keys(b);
-            chunk.values[b] = chunk.values_ahead[b] = scratch.values(b);
+            chunk.keys[b] = scratch.keys(b);
+            chunk.values[b] = scratch.values(b);
         }
         rows.see(chunk);
     }

@@ -19,8 +19,8 @@ constexpr int ROWS_AT_ONCE = ACCUMULATORS / 2;
 
 // logits[r][i] = q[r] . K[i] for 16 positions i in each of N blocks of columns.
 // q: ROWS rows of `size`, one after the other; keys[n]: [size, 16] with `stride` between rows, ahead[n] like it, what comes
-// next; logits: `width` between rows.
-template <class T, int ROWS, int N>
+// next, is fetched where AHEAD; logits: `width` between rows.
+template <class T, int ROWS, int N, bool AHEAD>
 inline void multiply_keys(const float* q, int64_t size, const typename T::Item* const* keys, const typename T::Item* const* ahead,
                           int64_t stride, float* logits, int64_t width) {
     vf sums[ROWS][N];
@@ -32,7 +32,7 @@ inline void multiply_keys(const float* q, int64_t size, const typename T::Item* 
         for (int n = 0; n < N; ++n) {
             column[n] = T::load16(keys[n] + d * stride);
             keep(column[n]);
-            _mm_prefetch(ahead[n] + d * stride, _MM_HINT_T1);
+            if constexpr (AHEAD) _mm_prefetch(ahead[n] + d * stride, _MM_HINT_T1);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
@@ -46,9 +46,9 @@ inline void multiply_keys(const float* q, int64_t size, const typename T::Item* 
 }
 
 // out[r] = out[r] * factors[r] + sum over positions of weights[r][i] V[i], for N vectors of V's elements.
-// values[b]: [16, size] with `stride` between rows, ahead[b] like it, what comes next; `count` positions in all; weights,
-// out: `width`, `out_width` between rows.
-template <class T, int ROWS, int N>
+// values[b]: [16, size] with `stride` between rows, ahead[b] like it; `count` positions in all; weights, out: `width`,
+// `out_width` between rows.
+template <class T, int ROWS, int N, bool AHEAD>
 inline void multiply_values(const float* weights, int64_t width, const typename T::Item* const* values,
                             const typename T::Item* const* ahead, int64_t stride, int64_t count, const float* factors,
                             int64_t first, float* out, int64_t out_width) {
@@ -59,14 +59,14 @@ inline void multiply_values(const float* weights, int64_t width, const typename 
         sums[i / N][i % N] = mul(load(out + i / N * out_width + i % N * LANES), set1(factors[i / N]));
     for (int64_t start = 0; start < count; start += LANES) {
         const typename T::Item* row = values[start / LANES] + first;
-        const int64_t to_next = ahead[start / LANES] - values[start / LANES];
+        const int64_t to_next = AHEAD ? ahead[start / LANES] - values[start / LANES] : 0;
         const int64_t end = start + LANES < count ? start + LANES : count;
         for (int64_t i = start; i < end; ++i, row += stride) {
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {  // vector by vector: an array of them would go through memory
                 vf elements = T::load16(row + n * LANES);
                 keep(elements);
-                _mm_prefetch(row + to_next + n * LANES, _MM_HINT_T1);
+                if constexpr (AHEAD) _mm_prefetch(row + to_next + n * LANES, _MM_HINT_T1);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; ++r) sums[r][n] = fma(elements, set1(weights[r * width + i]), sums[r][n]);
             }

@@ -67,6 +67,16 @@ struct Finish {
         }
     }
 
+    // Brings what rows [first_row, first_row + num_rows) of the panel are written to, and what is added, near.
+    void fetch(int64_t first_row, int num_rows) const {
+        int64_t at = first_row * out_stride + panel * w.features_per_panel();
+        for (int r = 0; r < num_rows; ++r, at += out_stride)
+            for (int64_t i = 0; i < num_features; i += LANES) {
+                __builtin_prefetch(out + at + i, 1);
+                if (residual) __builtin_prefetch(residual + at + i);
+            }
+    }
+
     void put(int64_t at, vf y, int64_t num_left) const {
         if (num_left >= LANES) {
             store(out + at, residual ? add(y, load(residual + at)) : y);
@@ -120,6 +130,7 @@ void multiply_int8(const Weights& w, const PackedRows& rows, int64_t panel, int6
     for (int64_t tile = first; tile < last; ++tile) {
         const int num_rows = rows.rows_in(tile);
         const float* row_scales = rows.scales + tile * MAX_ROWS;
+        finish.fetch(tile * MAX_ROWS, num_rows);
         with_rows(num_rows, IntTile{rows.codes + tile * MAX_ROWS * row_len, data, num_steps, sums});
         finish(tile * MAX_ROWS, num_rows, [&](int r, int h) {
             const vi sum = load(sums + r * PANEL + h * LANES);
