@@ -1,37 +1,18 @@
-"""The queue in front of the workers, and what to tell those who find it full."""
+"""Who is let into the queue, and what those are told who are not."""
 
 from __future__ import annotations
 
-import bisect
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict, deque
 
-from router.ledger import Entry
+from core.errors import OverloadedError
+from router.config import DispatchConfig
+from router.fair_queue import Claim, FairQueue
 
-
-class WaitingQueue:
-    """Entries in order of arrival. One that comes back after a failure or refusal takes its old place: the head."""
-
-    def __init__(self) -> None:
-        self._entries: list[Entry] = []
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[Entry]:
-        """Over a copy: entries may be removed meanwhile."""
-        return iter(tuple(self._entries))
-
-    def push(self, entry: Entry) -> None:
-        bisect.insort(self._entries, entry, key=lambda e: e.seq)
-
-    def remove(self, entry: Entry) -> bool:
-        """False where it is not in the queue."""
-        index = bisect.bisect_left(self._entries, entry.seq, key=lambda e: e.seq)
-        found = index < len(self._entries) and self._entries[index] is entry
-        if found:
-            del self._entries[index]
-        return found
+TENANT_MEMORY_S = 60.0
+"""How long a tenant that asked for something counts as one that may want room in the queue."""
+MAX_TENANTS = 1024
+SHARE = 2.0
+"""Places that a tenant may hold for each that is left, while others want some: two thirds of the queue at most."""
 
 
 class RetryAdvice:
@@ -58,3 +39,79 @@ class RetryAdvice:
             return self._unknown_s
         seconds_per_end = (now_s - self._ends_s[0]) / len(self._ends_s)
         return min(self._max_s, max(self._min_s, self._line * seconds_per_end))
+
+
+class DrainRate:
+    """How fast the queue empties: the cost that was served a second, lately, while there was a queue."""
+
+    def __init__(self, *, window: int = 256, min_served: int = 4) -> None:
+        self._served: deque[tuple[float, float]] = deque(maxlen=window)
+        self._since_s: float | None = None  # there is a queue; the window begins here or later
+        self._min_served = min_served
+        self._last: float | None = None
+
+    def on_served(self, cost: float, now_s: float) -> None:
+        if self._since_s is None:
+            return
+        if len(self._served) == self._served.maxlen:
+            self._since_s = self._served[0][0]
+        self._served.append((now_s, cost))
+
+    def on_length(self, length: int, now_s: float) -> None:
+        """Requests wait, or none does any more: an empty queue tells nothing of what could have been served."""
+        if length and self._since_s is None:
+            self._since_s = now_s
+        elif not length and self._since_s is not None:
+            self._last = self.rate(now_s)
+            self._since_s = None
+            self._served.clear()
+
+    def rate(self, now_s: float) -> float | None:
+        """Cost a second; None where too little was seen."""
+        if self._since_s is None or len(self._served) < self._min_served or now_s <= self._since_s:
+            return self._last
+        return sum(cost for _, cost in self._served) / (now_s - self._since_s)
+
+
+class Door:
+    """Refuses at once what would find no room, or come too late; each refusal is an `OverloadedError`.
+
+    The queue holds `max_queue_len` requests and `max_queued_tokens` tokens. While several tenants ask, none can take
+    all of it: a place is left for whoever comes next, so that fairness begins at the door.
+    """
+
+    def __init__(self, config: DispatchConfig, queue: FairQueue, advice: RetryAdvice) -> None:
+        self._config = config
+        self._queue = queue
+        self._advice = advice
+        self.drain = DrainRate()
+        self._asked: OrderedDict[str, float] = OrderedDict()  # when each tenant asked last
+
+    def check_room(self, claim: Claim, now_s: float) -> None:
+        queue, config = self._queue, self._config
+        self._note(claim.tenant, now_s)
+        length, own = len(queue), queue.num_of(claim.tenant)
+        if length >= config.max_queue_len:
+            self._refuse(f"the queue is full: {length} requests wait", 0.0, now_s)
+        if length and queue.num_tokens + claim.num_tokens > config.max_queued_tokens:
+            self._refuse(f"the queue is full: {queue.num_tokens} tokens wait", 0.0, now_s)
+        if len(self._asked) > 1 and own >= SHARE * (config.max_queue_len - length):
+            self._refuse(f"the share of this user in the queue is full: {own} requests wait", 0.0, now_s)
+
+    def check_slo(self, claim: Claim, service_s: float, slo_s: float, now_s: float) -> None:
+        """`service_s`: from placement to the first token. Where nothing is known of the queue's pace, it is let in."""
+        ahead, rate = self._queue.cost_ahead(claim), self.drain.rate(now_s)
+        wait_s = (ahead + claim.cost) / rate if rate and len(self._queue) else 0.0
+        late_s = wait_s + service_s - slo_s
+        if late_s > 0:
+            message = f"the first token would come after about {wait_s + service_s:.2g} s, {slo_s:g} s are promised"
+            self._refuse(message, late_s, now_s)
+
+    def _refuse(self, message: str, late_s: float, now_s: float) -> None:
+        raise OverloadedError(message, max(late_s, self._advice.retry_after_s(now_s)))
+
+    def _note(self, tenant: str, now_s: float) -> None:
+        self._asked[tenant] = now_s
+        self._asked.move_to_end(tenant)
+        while len(self._asked) > MAX_TENANTS or next(iter(self._asked.values())) < now_s - TENANT_MEMORY_S:
+            self._asked.popitem(last=False)

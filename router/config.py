@@ -55,7 +55,14 @@ class DispatchConfig:
     """How the router queues, places and recovers requests."""
 
     max_queue_len: int = 1024
-    """Requests that may wait for a worker; further ones are refused with a time to retry after."""
+    """Requests that may wait for a worker; further ones are refused with a time to retry after. While several users
+    ask, one alone may have two thirds of the places."""
+    max_queued_tokens: int = 2_000_000
+    """Prompt tokens of the requests that wait, which bounds the memory they take: about 40 bytes each."""
+    priority_aging_s: float = 5.0
+    """Waiting for so long, in seconds, counts as much as one level of priority."""
+    tenant_weights: dict[str, float] = field(default_factory=dict)
+    """Shares of users in what the workers do, by the field `user` of their requests; 1 for those not named."""
     max_attempts: int = 3
     """Attempts at one request, the first included, before its failure reaches the client."""
     stream_buffer_tokens: int = 4096
@@ -77,6 +84,9 @@ class DispatchConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "router.dispatch")
+        for tenant, weight in self.tenant_weights.items():
+            if not (weight > 0 and math.isfinite(weight)):
+                raise ConfigError(f"router.dispatch.tenant_weights.{tenant}", weight, "must be a finite number > 0")
         if self.accept_timeout_s < self.accept_deadline_s:
             raise ConfigError(
                 "router.dispatch.accept_timeout_s",
@@ -106,7 +116,7 @@ class PlacementConfig:
     cache_aware): weighs cached prefixes against queues; slo_aware: the fullest that meets the targets; cost_aware: the
     cheapest that is fast enough; mixed_pool: mixed workers only for what dedicated ones can't take in time."""
     slo_ttft_s: float | None = None
-    """Target for the time to the first token, in seconds."""
+    """Target for the time to the first token, in seconds; requests predicted to miss it are refused at once."""
     slo_itl_s: float | None = None
     """Target for the gap between two tokens, in seconds."""
     slo_margin: float = 0.8
@@ -181,5 +191,6 @@ class RouterConfig:
 def check_positive(config: SessionConfig | DispatchConfig, path: str) -> None:
     """`ConfigError` unless every field is above zero."""
     for f in fields(config):
-        if not getattr(config, f.name) > 0:
-            raise ConfigError(f"{path}.{f.name}", getattr(config, f.name), "must be > 0")
+        value = getattr(config, f.name)
+        if not isinstance(value, dict) and not value > 0:
+            raise ConfigError(f"{path}.{f.name}", value, "must be > 0")

@@ -19,15 +19,16 @@ from core.errors import (
 from core.events import LifecycleEvent
 from core.messages import Event
 from core.request import FinishReason, Request, RequestState
-from router.admission import RetryAdvice, WaitingQueue
+from router.admission import Door, RetryAdvice
 from router.config import DispatchConfig, PlacementConfig
+from router.fair_queue import Claim, FairQueue
 from router.flow import AttemptFlow, Outcome, Refusal, TooSlow
 from router.info import ClusterInfo
 from router.learning import Learner
 from router.ledger import Counts, Entry, Failure, Ledger, Observer, Silent
 from router.policies import make_policy
 from router.policies.model import Need, Placement
-from router.policies.search import can_ever, place, wish
+from router.policies.search import can_ever, place, soonest_s, wish
 from router.stream import RequestStream
 from router.workers import Workers
 
@@ -57,8 +58,9 @@ class Dispatcher:
         self._workers = workers
         self._clock = clock
         self._observer = observer or Silent()
-        self._queue = WaitingQueue()
+        self._queue = FairQueue(config.tenant_weights)
         self._advice = RetryAdvice()
+        self._door = Door(config, self._queue, self._advice)
         self._seq = count()
         self._ledger = Ledger(self._observer)
         self.counts = Counts()
@@ -80,7 +82,7 @@ class Dispatcher:
     def submit(self, request: Request, *, timeout_s: float | None) -> RequestStream:
         """Queue a request. `OverloadedError` where the queue is full, `InvalidRequestError` where its id is in use or
         no connected worker could ever hold it. `timeout_s` counts from now; None means no deadline."""
-        self._check(request)
+        self._check(request, timeout_s)
         now_s = self._clock()
         stream = RequestStream(
             request.request_id,
@@ -92,7 +94,7 @@ class Dispatcher:
         if timeout_s is not None:
             entry.deadline_timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, entry, timeout_s)
         self._ledger.open(entry)
-        self._queue.push(entry)
+        self._queue.push(entry, self._claim(request, now_s, timeout_s))
         self._pump()
         return stream
 
@@ -137,17 +139,32 @@ class Dispatcher:
         granted = {hello.incarnation: hello.credits for hello, _ in self._workers.connected()}
         self._ledger.check_integrity(self._queue, granted)
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request, timeout_s: float | None) -> None:
         if self._ledger.live(request.request_id):
             raise InvalidRequestError("request_id", request.request_id, "is in use by a request that still runs")
         longest = self._workers.max_model_len
         if longest is not None and request.num_tokens + 1 > longest:
             raise InvalidRequestError("prompt", request.num_tokens, f"must be under {longest} tokens")
-        if len(self._queue) >= self._config.max_queue_len:
-            self._pump()
-        if len(self._queue) >= self._config.max_queue_len:
-            message = f"the queue is full: {len(self._queue)} requests wait"
-            raise OverloadedError(message, self._advice.retry_after_s(self._clock()))
+        if len(self._queue):
+            self._pump()  # what has room by now does not count
+        now_s, slo_s = self._clock(), self._placement.slo_ttft_s
+        claim = self._claim(request, now_s, timeout_s)
+        self._door.check_room(claim, now_s)
+        if slo_s is not None and self._workers.has_route:
+            self._book()
+            self._door.check_slo(claim, soonest_s(request.num_tokens, self._fleet), slo_s, now_s)
+
+    def _claim(self, request: Request, now_s: float, timeout_s: float | None) -> Claim:
+        """A request is due when its target or its timeout says so; priority moves that by the time it counts as."""
+        config = self._config
+        num_output = min(self._fleet.output_tokens.value, request.sampling.max_tokens)
+        patience_s = min(limit for limit in (PATIENCE_S, timeout_s, self._placement.slo_ttft_s) if limit is not None)
+        return Claim(
+            tenant=request.user,
+            cost=self._fleet.work_s(request.num_tokens, num_output),
+            due_s=now_s + patience_s + request.priority * config.priority_aging_s,
+            num_tokens=request.num_tokens,
+        )
 
     # ---- the workers' side
 
@@ -177,19 +194,23 @@ class Dispatcher:
             self._wake_up = None
         self._book()
         self._notice_cluster()
-        for entry in self._queue:
+        while (entry := self._queue.first()) is not None:
             decision = place(self._policy, self._need(entry), self._fleet, self._rng)
             if isinstance(decision, Placement):
                 self._start(entry, decision)
                 self._book()
                 continue
-            self._wish(entry)
             if decision.possible:
-                return
+                break
+            self._queue.strand(entry)
             if entry.unavailable_timer is None:
                 patience_s = self._config.unavailable_timeout_s
                 loop = asyncio.get_running_loop()
                 entry.unavailable_timer = loop.call_later(patience_s, self._give_up, entry)
+        for wishing in (entry, self._queue.first_stranded()):
+            if wishing is not None:
+                self._wish(wishing)
+        self._door.drain.on_length(len(self._queue), self._clock())
 
     def _wish(self, entry: Entry) -> None:
         """A pair without a channel that has room for the request is connected, for this one or the next."""
@@ -200,8 +221,8 @@ class Dispatcher:
             self._workers.want(route, self._ledger.pairs_in_use())
 
     def _start(self, entry: Entry, placement: Placement) -> None:
-        self._queue.remove(entry)
         now_s = self._clock()
+        self._door.drain.on_served(self._queue.serve(entry), now_s)
         if entry.stats.ttft_s is None:
             entry.stats.queue_s = now_s - entry.arrived_s
         self.counts.placements.update(placement.reasons)
@@ -245,10 +266,11 @@ class Dispatcher:
         if self._fleet.version == self._cluster:
             return
         self._cluster = self._fleet.version
-        for entry in self._queue:
-            if entry.unavailable_timer and can_ever(self._need(entry), self._fleet):
-                entry.unavailable_timer.cancel()
+        for entry in self._queue.stranded:
+            if can_ever(self._need(entry), self._fleet):
+                stop(entry.unavailable_timer)
                 entry.unavailable_timer = None
+                self._queue.rescue(entry)
         self._observer.on_cluster_change()
 
     def _give_up(self, entry: Entry) -> None:
@@ -307,7 +329,7 @@ class Dispatcher:
     def _requeue(self, entry: Entry, event: LifecycleEvent) -> None:
         entry.request.advance(RequestState.WAITING)
         self._ledger.note(entry, event, self._clock())
-        self._queue.push(entry)
+        self._queue.push(entry, self._claim(entry.request, entry.arrived_s, None))
         self.on_change()
 
     def _expire(self, entry: Entry, timeout_s: float) -> None:
@@ -341,6 +363,8 @@ class Dispatcher:
         self.on_change()
 
 
+PATIENCE_S = 30.0
+"""By when a request is due that says nothing itself."""
 NOBODY: frozenset[str] = frozenset()
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from router.policies.fleet import Kind, Lane
+from router.policies.fleet import USUAL_BATCH, Kind, Lane
 from router.policies.least_loaded import fastest
 from router.policies.model import Need
 from router.policies.search import NO_LIMIT, Candidates, Choice, Offer, Search
-
-USUAL_BATCH = 8
-"""Requests that share the price of a step."""
 
 
 class CostAware:

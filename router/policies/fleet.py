@@ -18,6 +18,8 @@ STEP_LINE = (0.01, 5e-4, 16.0)
 """Seconds of a step by the requests in its batch."""
 HANDOVER_LINE = (0.005, 1e-5, 512.0)
 """Seconds that a pair adds, by the tokens sent: reserving, and what of the transfer is not hidden."""
+USUAL_BATCH = 8
+"""Requests that share a step."""
 OUTPUT_TOKENS = 128.0
 """Length of an answer, before any has ended."""
 
@@ -285,6 +287,14 @@ class Fleet:
             longest = max((*pairs, *alone), default=0)
             self._longest = self.version, longest
         return longest
+
+    def work_s(self, num_tokens: int, num_output: float) -> float:
+        """Seconds of a worker's time that a request takes, on the fastest of each half."""
+        kinds = [kind for kind in self.kinds.values() if kind.num_taking]
+        read_s = [kind.prefill.at(num_tokens) for kind in kinds if kind.role is not WorkerRole.DECODE]
+        token_s = [kind.step.at(USUAL_BATCH) / USUAL_BATCH for kind in kinds if kind.role is not WorkerRole.PREFILL]
+        default_s = Line(*PREFILL_LINE).at(num_tokens)
+        return min(read_s, default=default_s) + num_output * min(token_s, default=Line(*STEP_LINE).at(1))
 
     def routes(self) -> Iterator[Route]:
         """Pairs that are up and mixed workers by themselves, save those that take no new work."""

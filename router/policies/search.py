@@ -301,6 +301,17 @@ def wish(need: Need, fleet: Fleet, could_connect: Callable[[str, str], bool]) ->
     return None if choice is None else Route(choice.prefill.incarnation, choice.decode.incarnation)
 
 
+def soonest_s(num_tokens: int, fleet: Fleet) -> float:
+    """By when a prompt of so many tokens could be read if it were placed now, nothing of it cached."""
+    fleet.settle()
+    waits = (
+        (lane.kind, lane.ranks[0][0] if lane.ranks else 0.0)
+        for lane in fleet.prefill_lanes.values()
+        if lane.kind.num_taking
+    )
+    return min((kind.prefill.at(num_tokens) + wait * kind.prefill.slope for kind, wait in waits), default=0.0)
+
+
 def can_ever(need: Need, fleet: Fleet) -> bool:
     """Whether some route, with room or without, can hold the prompt and one token more."""
     return need.num_tokens + 1 <= fleet.longest_route

@@ -122,11 +122,21 @@ class Harness:
         timeout_s: float | None = WAIT_S,
         cache_salt: str = "",
         kv_wire_dtype: WireDtype = "auto",
+        priority: int = 0,
+        user: str = "",
         **changes: Any,
     ) -> RequestStream:
         sampling = replace(SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=7), **changes)
         name = request_id or f"r{next(self._ids)}"
-        request = Request(name, list(prompt), sampling, cache_salt=cache_salt, kv_wire_dtype=kv_wire_dtype)
+        request = Request(
+            name,
+            list(prompt),
+            sampling,
+            cache_salt=cache_salt,
+            kv_wire_dtype=kv_wire_dtype,
+            priority=priority,
+            user=user,
+        )
         return self.dispatcher.submit(request, timeout_s=timeout_s)
 
     async def idle(self) -> None:
