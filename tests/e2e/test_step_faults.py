@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Literal
 
 import pytest
@@ -109,6 +110,47 @@ def test_a_worker_that_slept_past_its_lease_harms_nobody_when_it_wakes(four: Set
         again = threads.submit(four.start)
         os.kill(pid, signal.SIGCONT)
         check(four.jobs, again.result(), four.undisturbed)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [*sometimes(Step.RESERVE, Step.PREFILL, Step.PUSH, Step.COMMIT, Step.ACCEPT, Step.RELEASE, Step.TOKENS)],
+)
+def test_nobody_notices_that_a_worker_is_slow_at(four: Set, step: Step) -> None:
+    """By less than a lease: nothing needs to be tried again."""
+    name, _, layer = at(step)
+    before = four.incarnations()
+    four.world.steps.arm(name, step, "sleep", layer, QUICK.lease_s / 2)
+    check(four.jobs, four.start(), four.undisturbed)
+    assert four.incarnations() == before
+
+
+@pytest.mark.parametrize("name", ["router", "prefill-0", "decode-0"])
+def test_nobody_notices_a_process_that_hardly_gets_any_time(four: Set, name: str) -> None:
+    before = four.incarnations()
+    with four.world.slowed(name):
+        check(four.jobs, four.start(), four.undisturbed)
+    assert four.incarnations() == before
+
+
+@pytest.mark.parametrize(
+    "step", [Step.PUSH, *sometimes(Step.RESERVE, Step.PREFILL, Step.COMMIT, Step.ACCEPT, Step.RELEASE, Step.TOKENS)]
+)
+def test_nobody_notices_that_the_router_stood_still_past_all_leases_at(four: Set, step: Step) -> None:
+    """Workers let go of what nobody renewed; the router finds that out when it wakes, and resumes."""
+    name, _, layer = at(step)
+    before, router = four.incarnations(), four.world.pid("router")
+    four.world.steps.arm(name, step, "hold", layer)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(four.start)
+        four.world.steps.reached(name)
+        os.kill(router, signal.SIGSTOP)
+        four.world.steps.go(name)
+        Event().wait(QUICK.lease_s + 0.5)  # nothing tells that a lease has ended but what is tested
+        os.kill(router, signal.SIGCONT)
+        check(four.jobs, asked.result(), four.undisturbed)
+    assert four.incarnations() == before
+    assert four.world.pid("router") == router
 
 
 @pytest.mark.parametrize("action", ["damage", "cut"])

@@ -130,7 +130,31 @@ class World:
 
     def kill(self, name: str) -> None:
         """`kill -9` of a worker or of the `router`."""
-        os.kill(self.cluster.launcher.pids()[name], signal.SIGKILL)
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    def pid(self, name: str) -> int:
+        """Of a worker or of the `router`."""
+        return self.cluster.launcher.pids()[name]
+
+    @contextmanager
+    def slowed(self, name: str, share: float = 0.8) -> Iterator[None]:
+        """A process that is given no time for a `share` of every 50 ms, as on a host that is overloaded."""
+        pid, over = self.pid(name), threading.Event()
+
+        def slow() -> None:
+            while not over.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                over.wait(0.05 * share)
+                os.kill(pid, signal.SIGCONT)
+                over.wait(0.05 * (1 - share))
+
+        thread = threading.Thread(target=slow, name=f"slow-{name}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(WAIT_S)
 
     def wait_until(self, condition: Callable[[ServerInfo], bool], timeout_s: float = WAIT_S) -> None:
         deadline, pause, info = time.monotonic() + timeout_s, threading.Event(), None
