@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from core.messages import Connect, PairDown, PairUp
+from core.ticket import AttemptKey, Ticket
 from kv_transfer.config import TransferConfig
 from tests.kv_transfer.harness import WAIT_S, Worker, layout
 
@@ -21,20 +22,35 @@ START_S = 60.0
 
 
 def serve(name: str, config: TransferConfig, pipe: Connection) -> None:
-    """Send the address, obey each Connect until its pair is up or down, and end with the pipe."""
+    """Send the address, obey each Connect until its pair is up or down, send what it is told, and end with the pipe."""
     torch.set_num_threads(1)
     worker = Worker(name, layout(), config)
     pipe.send(worker.plane.address)
     try:
-        while isinstance(command := pipe.recv(), Connect):
-            worker.plane.connect(command)
-            event = worker.events.get(timeout=WAIT_S)
-            assert isinstance(event, PairUp | PairDown)
-            pipe.send(isinstance(event, PairUp))
+        while True:
+            match pipe.recv():
+                case Connect() as command:
+                    worker.plane.connect(command)
+                    event = worker.events.get(timeout=WAIT_S)
+                    assert isinstance(event, PairUp | PairDown)
+                    pipe.send(isinstance(event, PairUp))
+                case Ticket() as ticket:
+                    worker.plane.sender.begin(ticket)
+                case Push(key, layer, num_tokens):
+                    worker.plane.sender.push(key, layer, 0, num_tokens, range(num_tokens))
     except EOFError:
         pass
     finally:
         worker.plane.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """One layer of the first tokens of some blocks of its own leaves."""
+
+    key: AttemptKey
+    layer: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +62,10 @@ class Peer:
 
     def connect(self, command: Connect) -> None:
         """Returns at once; `is_up` waits for the outcome."""
+        self.pipe.send(command)
+
+    def tell(self, command: Ticket | Push) -> None:
+        """Returns at once; one that is stopped obeys when it goes on."""
         self.pipe.send(command)
 
     def is_up(self) -> bool:
