@@ -43,13 +43,18 @@ class Peers:
         """The output matrix stays in float32, and where vLLM has no int8 kernel for experts, they do too."""
         if self.python("vllm") is None:
             return None
-        whole, dense = (model.with_name(f"{model.name}-{suffix}") for suffix in ("w8a8", "w8a8-dense"))
-        _make(whole / "config.json", lambda: write_int8_checkpoint(model, whole))
+        whole, dense = self.w8a8(model), model.with_name(f"{model.name}-w8a8-dense")
         if ModelCost.from_folder(model).num_experts == 1:
             return self._vllm(labels.VLLM_INT8, whole)
         _make(dense / "config.json", lambda: write_int8_checkpoint(model, dense, quantize_experts=False))
         fallback = self._vllm(labels.VLLM_INT8, dense, note="vLLM W8A8 with its experts in fp32")
         return self._vllm(labels.VLLM_INT8, whole, fallback=fallback)
+
+    def w8a8(self, model: Path) -> Path:
+        """The folder of the same model with its linears in int8."""
+        whole = model.with_name(f"{model.name}-w8a8")
+        _make(whole / "config.json", lambda: write_int8_checkpoint(model, whole))
+        return whole
 
     def _vllm(
         self, label: str, model: Path, *, note: str = "", fallback: EngineSpec | None = None

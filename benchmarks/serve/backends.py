@@ -101,14 +101,18 @@ class _OpenAIExchange:
 
 
 def brings_tokens(choice: Mapping[str, Any], chat: bool) -> bool:
-    """Text does; so does an empty text of a completion that goes on: a token that makes half a character.
-
-    A chat opens with its role, and both may close with a finish reason alone.
+    """Token ids do, where they were asked for (`return_token_ids`). Else text does; so does an empty text of an answer
+    that goes on: a token that makes half a character. A chat opens with its role, and both may close with a finish
+    reason alone.
     """
-    if chat:
-        delta = choice.get("delta") or {}
-        return any(delta.get(name) for name in ("content", "reasoning", "reasoning_content", "tool_calls"))
-    return bool(choice.get("text")) or choice.get("finish_reason") is None
+    if choice.get("token_ids") is not None:
+        return bool(choice["token_ids"])
+    goes_on = choice.get("finish_reason") is None
+    if not chat:
+        return bool(choice.get("text")) or goes_on
+    delta = choice.get("delta") or {}
+    told = any(delta.get(name) for name in ("content", "reasoning", "reasoning_content", "tool_calls"))
+    return told or (goes_on and "role" not in delta)
 
 
 def error_message(body: bytes) -> str:

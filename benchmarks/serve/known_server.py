@@ -57,6 +57,9 @@ class KnownServer:
         self.heads.append(head)
         length = int(head.lower().split("content-length:")[1].split("\r\n")[0])
         body = await reader.readexactly(length)
+        if "/health" in head:
+            await _write_whole(writer, "200 OK", b"{}")
+            return
         if "/models" in head:
             await _write_whole(writer, "200 OK", b'{"data": [{"id": "tiny"}]}')
             return
@@ -86,12 +89,12 @@ async def _write_whole(writer: asyncio.StreamWriter, status: str, body: bytes) -
 
 
 @contextmanager
-def serving(fake: KnownServer) -> Iterator[KnownServer]:
+def serving(fake: KnownServer, port: int = 0) -> Iterator[KnownServer]:
     """In a thread of its own."""
     ready, stop = threading.Event(), _Stop()
 
     async def serve() -> None:
-        server = await asyncio.start_server(fake.answer, "127.0.0.1", 0)
+        server = await asyncio.start_server(fake.answer, "127.0.0.1", port)
         fake.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         stopped = asyncio.Event()
         stop.by(asyncio.get_running_loop(), stopped.set)
@@ -119,11 +122,17 @@ class _Stop:
 
 def main() -> None:
     """Serves `argv[1]` tokens an answer, `argv[2]` seconds apart; prints its address, and at the end of stdin what it
-    noted. Clocks of processes on one machine agree: `time.perf_counter` counts from its start."""
+    noted. Clocks of processes on one machine agree: `time.perf_counter` counts from its start.
+
+    With `argv[3]`, a port, it serves there until it is ended.
+    """
     num_tokens, gap_s = int(sys.argv[1]), float(sys.argv[2])
     pieces: list[Piece] = [part for _ in range(num_tokens) for part in (gap_s, token())]
-    with serving(KnownServer([*pieces, usage(0, num_tokens), DONE])) as server:
+    port = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    with serving(KnownServer([*pieces, usage(0, num_tokens), DONE]), port) as server:
         print(server.url, flush=True)
+        if port:
+            threading.Event().wait()
         sys.stdin.read()
         print(json.dumps({"arrived_s": server.arrived_s, "written_s": server.written_s}))
 

@@ -42,12 +42,12 @@ class Record:
         """Mean time of an output token after the first; None where there is none."""
         if self.num_outputs < 2 or not self.tokens_s:
             return None
-        return (self.tokens_s[-1] - self.tokens_s[0]) / (self.num_outputs - 1)
+        return (self.end_s - self.tokens_s[0]) / (self.num_outputs - 1)
 
     @property
     def e2e_s(self) -> float | None:
-        """To the last token."""
-        return self.tokens_s[-1] - self.due_s if self.tokens_s else None
+        """To the end of the answer: not to its last message with tokens, for not every token may have had one."""
+        return self.end_s - self.due_s if self.tokens_s else None
 
     def value_s(self, metric: str) -> float | None:
         """By the names of `benchmarks.serve.report.METRICS`, but for itl, which has many."""

@@ -84,6 +84,7 @@ def report(
         "errors": dict(Counter(record.error for record in records if record.error).most_common(20)),
         "total_input_tokens": num_inputs,
         "total_output_tokens": num_outputs,
+        "total_messages": sum(len(record.tokens_s) for record in done),
         "request_throughput": _rate(len(done), duration_s),
         "output_throughput": _rate(num_outputs, duration_s),
         "total_token_throughput": _rate(num_inputs + num_outputs, duration_s),

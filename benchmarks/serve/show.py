@@ -17,6 +17,9 @@ from benchmarks.serve.driver import Progress
 from benchmarks.serve.report import MAX_LAG_S, METRICS, Json
 from core.errors import ConfigError
 
+FEW_MESSAGES = 0.95
+"""Of tokens; with less, users should know that gaps are not those of tokens."""
+
 
 def print_report(result: Json, console: Console, metrics: Sequence[str], percentiles: Sequence[float]) -> None:
     console.print(
@@ -32,6 +35,9 @@ def print_report(result: Json, console: Console, metrics: Sequence[str], percent
         cells = [_cell(result[f"{name}_{metric}_ms"]) for name in ("mean", *names, "max")]
         table.add_row(METRICS[metric], *cells)
     console.print(table)
+    if (messages := result["total_messages"]) < FEW_MESSAGES * (tokens := result["total_output_tokens"]):
+        told = f"{tokens} tokens came in {messages} messages"
+        console.print(f"[yellow]{told}: gaps are between messages, not between tokens.[/]")
     if "request_goodput" in result:
         slos = " ".join(f"{name}:{limit:g}" for name, limit in result["goodput_slos_ms"].items())
         attained = f"{result['slo_attainment']:.1%} of the requests"

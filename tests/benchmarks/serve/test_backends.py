@@ -95,6 +95,14 @@ def test_a_last_token_with_its_finish_reason_counts(fake: KnownServer) -> None:
     assert answer.num_outputs is None
 
 
+def test_token_ids_decide_where_they_are_told(fake: KnownServer) -> None:
+    def told(*token_ids: int, text: str = "") -> bytes:
+        return event(choices=[{"text": text, "token_ids": list(token_ids), "finish_reason": None}])
+
+    fake.pieces = [told(5), told(), told(text="late"), told(6, 7, text="b"), DONE]
+    assert len(ask(fake.url).tokens_s) == 2
+
+
 def test_events_may_be_cut_and_joined_anywhere(fake: KnownServer) -> None:
     whole = b": hello\n\n" + token("ä").replace(b"\n", b"\r\n") + token("b") + DONE
     fake.pieces = [whole[i : i + 7] for i in range(0, len(whole), 7)]

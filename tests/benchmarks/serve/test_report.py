@@ -95,6 +95,13 @@ def test_a_client_that_was_too_busy_says_so() -> None:
     assert "Don't trust it" in shown(busy)
 
 
+def test_fewer_messages_than_tokens_are_told() -> None:
+    assert "gaps are between messages" not in shown(figures(GOOD))
+    joined = Record(0, 0.0, 0.0, 2.0, (0.5, 1.0), 10, 9)
+    assert "9 tokens came in 2 messages: gaps are between messages" in shown(figures(joined))
+    assert joined.tpot_s == 1.5 / 8
+
+
 def test_how_late_requests_were_sent_is_told() -> None:
     assert figures(record(0, 1.0, 2.0, sent_s=1.25))["client"]["max_send_delay_ms"] == pytest.approx(250)
 
