@@ -81,7 +81,9 @@ def command(wire: worker_pb2.Command) -> Command:
         case "reserve":
             return Reserve(_ticket(wire.reserve.ticket), _work(wire.reserve.work))
         case "prefill":
-            return Prefill(_ticket(wire.prefill.ticket), _work(wire.prefill.work), wire.prefill.num_skipped_tokens)
+            prefill = wire.prefill
+            ticket, work = _ticket(prefill.ticket), _work(prefill.work)
+            return Prefill(ticket, work, prefill.num_skipped_tokens, prefill.handover)
         case "accept":
             a = wire.accept
             return Accept(_ticket(a.ticket), _record(a.record), a.first_token_id, a.deadline_s)

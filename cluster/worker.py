@@ -308,7 +308,8 @@ class Worker:
         if mine != me:
             return AttemptFailed(ticket.key, "wrong_incarnation", f"the ticket is for worker {mine}, this is {me}")
         needed = WorkerRole.DECODE if isinstance(command, Reserve) else WorkerRole.PREFILL
-        if self._role is not WorkerRole.MIXED and (ticket.local or self._role is not needed):
+        hands_over = isinstance(command, Prefill) and command.handover and not ticket.local
+        if self._role is not WorkerRole.MIXED and (ticket.local or self._role is not needed) and not hands_over:
             return AttemptFailed(ticket.key, "wrong_role", f"a {self._role.value} worker does not do this")
         if any(key[0] == ticket.transfer_id and key[1] > ticket.attempt for key in self._keys()):
             return AttemptFailed(ticket.key, "stale_attempt", "a later attempt is here already")
@@ -318,7 +319,7 @@ class Worker:
         if not 0 < len(token_ids) < self._engine.max_model_len:
             text = f"{len(token_ids)} prompt tokens, must be in [1, {self._engine.max_model_len})"
             return AttemptFailed(ticket.key, "invalid", text)
-        if self._draining_until is not None:
+        if self._draining_until is not None and not hands_over:
             return Refused(ticket.key, "draining")
         return None
 

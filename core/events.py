@@ -19,5 +19,7 @@ class LifecycleEvent(Enum):
     FINISHED = "finished"
     REFUSED = "refused"  # a worker had no room: back to the queue
     RETRIED = "retried"
+    MOVED = "moved"  # another worker is to go on decoding, with the K and V that the first one has
+    STAYED = "stayed"  # it had no room: the first one goes on
     CANCELLED = "cancelled"
     FAILED = "failed"

@@ -136,11 +136,16 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """With a local ticket the worker decodes as well: no Reserve, no Accept."""
+    """With a local ticket the worker decodes as well: no Reserve, no Accept.
+
+    With `handover` it goes on with another worker, that of the ticket, what this one has decoded so far: K and V are in
+    its cache, but for the last few. Every worker does that, whatever its role, and while it drains.
+    """
 
     ticket: Ticket
     work: Work
     num_skipped_tokens: int = 0
+    handover: bool = False
 
 
 @dataclass(frozen=True, slots=True)

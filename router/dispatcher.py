@@ -20,12 +20,14 @@ from core.events import LifecycleEvent
 from core.messages import Event
 from core.request import FinishReason, Request, RequestState
 from router.admission import Door, RetryAdvice
+from router.attempt import Outcome, Refusal, TooSlow
 from router.config import DispatchConfig, PlacementConfig
 from router.fair_queue import Claim, FairQueue
-from router.flow import AttemptFlow, Outcome, Refusal, TooSlow
+from router.flow import AttemptFlow
 from router.info import ClusterInfo
 from router.learning import Learner
 from router.ledger import Counts, Entry, Failure, Ledger, Observer, Silent
+from router.moving import Mover
 from router.policies import make_policy
 from router.policies.model import Need, Placement
 from router.policies.search import can_ever, place, soonest_s, wish
@@ -72,6 +74,15 @@ class Dispatcher:
             learner=Learner(workers.fleet),
             clock=clock,
             on_outcome=self._on_outcome,
+        )
+        self._mover = Mover(
+            workers=workers,
+            ledger=self._ledger,
+            flow=self._flow,
+            counts=self.counts,
+            clock=clock,
+            need=self._need,
+            book=self._book,
         )
         self._cluster = -1  # version of the fleet that the queue knows
         self._wake_up: asyncio.Handle | None = None
@@ -194,6 +205,7 @@ class Dispatcher:
             self._wake_up = None
         self._book()
         self._notice_cluster()
+        self._mover.run()
         while (entry := self._queue.first()) is not None:
             decision = place(self._policy, self._need(entry), self._fleet, self._rng)
             if isinstance(decision, Placement):

@@ -12,17 +12,18 @@ router              decode worker                prefill worker
   ◀──────── Tokens ... ◀────────── Released (figures) ─
 ```
 A local attempt is Prefill, Prefilled, Tokens with one worker.
+
+A request moves from one decode worker to another by an attempt like the others, in which the first worker has the part
+of the prefill worker: K and V are in its cache (docs/adr/0005).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 from core.clock import Clock
 from core.events import LifecycleEvent
-from core.logprobs import TokenLogprobs
 from core.messages import (
     Accept,
     Accepted,
@@ -38,44 +39,18 @@ from core.messages import (
     Reserved,
     SequenceTokens,
     StepTokens,
-    TransferStats,
-    Work,
 )
 from core.request import FinishReason
-from core.ticket import Ticket
+from router.attempt import Outcome, Refusal, Told, TooSlow, add_transfer, ticket_of, work_of
 from router.config import DispatchConfig
 from router.learning import Learner
-from router.ledger import Attempt, Counts, Entry, Failure, Hold, Ledger, Stage
+from router.ledger import Attempt, Counts, Entry, Failure, Hold, Leaving, Ledger, Stage
 from router.outbox import in_parts
 from router.pairs import TRANSFER_FAULTS
-from router.policies.model import Placement
+from router.policies.model import Placement, Route
 from router.policies.search import num_blocks_for
 from router.workers import Workers
 
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A worker had no room."""
-
-    incarnation: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class TooSlow:
-    """The client does not read what was streamed to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """Tokens that a worker drew, and what it tells of them and of the prompt."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-Outcome = FinishReason | Refusal | Failure | TooSlow
 AttemptEvent = Reserved | Refused | Prefilled | Accepted | Released | SequenceTokens | AttemptFailed
 
 
@@ -109,49 +84,48 @@ class AttemptFlow:
 
     def start(self, entry: Entry, placement: Placement) -> None:
         """Begin the next attempt. Both workers must be connected."""
-        entry.num_attempts += 1
-        route, forecast = placement.route, placement.forecast
-        request = entry.request
-        ticket = Ticket(
-            request_id=request.request_id,
-            attempt=entry.num_attempts,
-            transfer_id=entry.transfer_id,
-            prefill_incarnation=route.prefill,
-            decode_incarnation=route.decode,
-            pair_epoch=route.epoch,
-            kv_wire_dtype=request.kv_wire_dtype,
-            traceparent=request.traceparent,
-        )
-        token_ids = tuple(request.token_ids(0, request.num_tokens))
-        sampling = request.sampling
-        if request.output_token_ids:
-            sampling = replace(sampling, prompt_logprobs=None)  # told with the first token
-        work = Work(
-            token_ids,
-            request.num_prompt_tokens,
-            sampling,
-            cache_salt=request.cache_salt,
-            timeout_s=remaining_s(entry.deadline_timer),
-        )
-        stage = Stage.PREFILLING if route.local else Stage.RESERVING
-        entry.attempt = attempt = Attempt(ticket, work, stage, self._clock())
+        route, attempt = placement.route, self._new_attempt(entry, placement.route)
+        ticket, num_tokens = attempt.ticket, entry.num_tokens
         ahead = self.learner.num_tokens_ahead(route.prefill)
-        attempt.num_to_read = ahead + len(token_ids) - forecast.num_cached_prefill
-        attempt.num_to_send = len(token_ids)
-        prefill_hello, decode_hello = self._workers.hello(route.prefill), self._workers.hello(route.decode)
-        entry.stats.prefill_worker, entry.stats.decode_worker = prefill_hello.worker_id, decode_hello.worker_id
-        entry.stats.num_attempts = entry.num_failures + 1
-        num_blocks = num_blocks_for(len(token_ids) + 1, decode_hello.layout.block_size)
+        attempt.num_to_read = ahead + num_tokens - placement.forecast.num_cached_prefill
         if route.local:
-            hold = self._ledger.hold(
-                entry, ticket, route.decode, pending_tokens=len(token_ids), pending_blocks=num_blocks
-            )
+            num_blocks = self._num_blocks(entry, route.decode)
+            hold = self._ledger.hold(entry, ticket, route.decode, pending_tokens=num_tokens, pending_blocks=num_blocks)
             self._prefill(entry, attempt, hold, num_skipped_tokens=0)
             return
-        self._ledger.hold(entry, ticket, route.prefill, pending_tokens=len(token_ids))
-        decode = self._ledger.hold(entry, ticket, route.decode, pending_blocks=num_blocks)
-        self._tell(decode, Reserve(ticket, work))
-        self._limit(entry, self._config.reserve_timeout_s, "reserve_timeout", route.decode)
+        self._ledger.hold(entry, ticket, route.prefill, pending_tokens=num_tokens)
+        self._reserve(entry, attempt)
+
+    def move(self, entry: Entry, route: Route) -> None:
+        """Begin an attempt that takes over from the current one, which decodes on worker `route.prefill`.
+
+        That goes on until the other worker has room; where there is none, nothing has happened.
+        """
+        before = entry.attempt
+        assert before is not None, "only what decodes can move"
+        hold = entry.hold_of(before.ticket, route.prefill)
+        before.stop_timer()
+        hold.closing = True
+        attempt = self._new_attempt(entry, route)
+        attempt.leaving, attempt.moves = Leaving(before, hold), True
+        self._reserve(entry, attempt)
+
+    def _new_attempt(self, entry: Entry, route: Route) -> Attempt:
+        entry.num_attempts += 1
+        stage = Stage.PREFILLING if route.local else Stage.RESERVING
+        entry.attempt = attempt = Attempt(ticket_of(entry, route), work_of(entry), stage, self._clock())
+        attempt.num_to_send = entry.num_tokens
+        stats = entry.stats
+        stats.prefill_worker = self._workers.hello(route.prefill).worker_id
+        stats.decode_worker = self._workers.hello(route.decode).worker_id
+        stats.num_attempts = entry.num_failures + 1
+        return attempt
+
+    def _reserve(self, entry: Entry, attempt: Attempt) -> None:
+        decode = attempt.ticket.decode_incarnation
+        hold = self._ledger.hold(entry, attempt.ticket, decode, pending_blocks=self._num_blocks(entry, decode))
+        self._tell(hold, Reserve(attempt.ticket, attempt.work))
+        self._limit(entry, self._config.reserve_timeout_s, "reserve_timeout", decode)
 
     def fence(self, entry: Entry, reason: str) -> None:
         """Take the attempt off the entry: both workers are told to let go, and nothing they still say counts."""
@@ -160,6 +134,8 @@ class AttemptFlow:
             return
         entry.attempt = None
         attempt.stop_timer()
+        if attempt.leaving and attempt.leaving.hold in entry.holds:
+            self._let_go(attempt.leaving.hold, Cancel(attempt.leaving.attempt.ticket, reason))
         for hold in [*entry.holds]:
             if hold.ticket is attempt.ticket and not hold.closing:
                 self._let_go(hold, Cancel(attempt.ticket, reason))
@@ -193,7 +169,7 @@ class AttemptFlow:
     def on_lost(self, incarnation: str, reason: str) -> None:
         for hold in self._ledger.holds_on(incarnation):
             self._drop(hold)
-            if not hold.closing:
+            if not hold.closing or hold.leaves:
                 self._fail(hold.entry, "session_lost", f"lost the worker: {reason}", incarnation)
 
     def on_pair_down(self, prefill: str, decode: str, epoch: int, reason: str) -> None:
@@ -223,6 +199,8 @@ class AttemptFlow:
                 self._on_accepted(hold, attempt, event)
             case SequenceTokens() if hold and attempt and not hold.closing:
                 self._on_tokens(hold, attempt, event)
+            case SequenceTokens() if hold and attempt and attempt.leaving and hold.leaves:
+                attempt.leaving.missed.append(event)
             case _:
                 self._counts.dropped[type(event).__name__] += 1
 
@@ -238,14 +216,43 @@ class AttemptFlow:
         attempt.num_to_send -= event.num_skipped_tokens
         self._ledger.settle(hold)
         self._ledger.note(hold.entry, LifecycleEvent.RESERVED, now_s)
-        prefill = self._hold_of(hold.entry, attempt.ticket, attempt.ticket.prefill_incarnation)
+        if attempt.leaving:
+            self._hand_over(hold.entry, attempt, attempt.leaving, event.num_skipped_tokens)
+            return
+        prefill = hold.entry.hold_of(attempt.ticket, attempt.ticket.prefill_incarnation)
         self._prefill(hold.entry, attempt, prefill, event.num_skipped_tokens)
 
+    def _hand_over(self, entry: Entry, attempt: Attempt, leaving: Leaving, num_skipped_tokens: int) -> None:
+        """The command that begins the attempt at the worker also ends the one before there."""
+        attempt.leaving = None
+        if leaving.hold not in entry.holds:
+            self._fail(entry, "ended", "the worker that decoded has ended it meanwhile", leaving.hold.incarnation)
+            return
+        self._drop(leaving.hold)
+        hold = self._ledger.hold(entry, attempt.ticket, leaving.hold.incarnation)
+        self._prefill(entry, attempt, hold, num_skipped_tokens)
+
     def _on_refused(self, hold: Hold, event: Refused) -> None:
-        entry = hold.entry
+        entry, attempt = hold.entry, hold.entry.attempt
         self._drop(hold)
+        if attempt and attempt.leaving and attempt.leaving.hold in entry.holds:
+            self._stay(entry, attempt, attempt.leaving, event)
+            return
         self.fence(entry, "refused")
         self._on_outcome(entry, Refusal(hold.incarnation, event.reason))
+
+    def _stay(self, entry: Entry, attempt: Attempt, leaving: Leaving, event: Refused) -> None:
+        """There is no room elsewhere: the attempt before is the current one again, with what it drew meanwhile."""
+        attempt.stop_timer()
+        self._counts.refusals[event.reason] += 1
+        entry.refusal, entry.stayed_s = event.reason, self._clock()
+        if load := self._workers.load(attempt.ticket.decode_incarnation):
+            entry.refusals[attempt.ticket.decode_incarnation] = load
+        entry.attempt, leaving.hold.closing = leaving.attempt, False
+        self._ledger.note(entry, LifecycleEvent.STAYED, entry.stayed_s)
+        for tokens in leaving.missed:
+            if entry.attempt is leaving.attempt:
+                self._on_tokens(leaving.hold, leaving.attempt, tokens)
 
     def _on_prefilled(self, hold: Hold, attempt: Attempt, event: Prefilled) -> None:
         entry, ticket = hold.entry, attempt.ticket
@@ -254,7 +261,8 @@ class AttemptFlow:
             return
         now_s = self._clock()
         entry.stats.prefill_s = attempt.enter(Stage.DECODING if ticket.local else Stage.ACCEPTING, now_s)
-        self.learner.on_prefilled(hold.incarnation, attempt.num_to_read, entry.stats.prefill_s)
+        if not attempt.moves:
+            self.learner.on_prefilled(hold.incarnation, attempt.num_to_read, entry.stats.prefill_s)
         self._ledger.settle(hold)
         if entry.stats.ttft_s is None:
             entry.stats.ttft_s = now_s - entry.arrived_s
@@ -270,7 +278,7 @@ class AttemptFlow:
             self.fence(entry, "finished")
             self._complete(entry, event.finish)
         elif event.record and not ticket.local:
-            decode = self._hold_of(entry, ticket, ticket.decode_incarnation)
+            decode = entry.hold_of(ticket, ticket.decode_incarnation)
             deadline_s = self._config.accept_deadline_s
             self._tell(decode, Accept(ticket, event.record, event.first_token_id, deadline_s))
             self._limit(entry, self._config.accept_timeout_s, "accept_timeout", ticket.decode_incarnation)
@@ -278,11 +286,12 @@ class AttemptFlow:
     def _on_accepted(self, hold: Hold, attempt: Attempt, event: Accepted) -> None:
         entry, ticket, now_s = hold.entry, attempt.ticket, self._clock()
         took_s = attempt.enter(Stage.DECODING, now_s) + (entry.stats.reserve_s or 0.0)
-        self.learner.on_handover(ticket.prefill_incarnation, ticket.decode_incarnation, attempt.num_to_send, took_s)
+        if not attempt.moves:
+            self.learner.on_handover(ticket.prefill_incarnation, ticket.decode_incarnation, attempt.num_to_send, took_s)
         entry.stats.commit_wait_s = event.commit_wait_s
         self._workers.transfer_ended(ticket, well=True)
         self._ledger.note(entry, LifecycleEvent.ACCEPTED, now_s)
-        self._let_go(self._hold_of(entry, ticket, ticket.prefill_incarnation), Release(ticket))
+        self._let_go(entry.hold_of(ticket, ticket.prefill_incarnation), Release(ticket))
 
     def _on_tokens(self, hold: Hold, attempt: Attempt, event: SequenceTokens) -> None:
         entry, now_s = hold.entry, self._clock()
@@ -326,8 +335,11 @@ class AttemptFlow:
             self.learner.on_step(incarnation, (self._clock() - last_s) / len(first.token_ids))
 
     def _prefill(self, entry: Entry, attempt: Attempt, hold: Hold, num_skipped_tokens: int) -> None:
-        self._tell(hold, Prefill(attempt.ticket, attempt.work, num_skipped_tokens))
+        self._tell(hold, Prefill(attempt.ticket, attempt.work, num_skipped_tokens, attempt.moves))
         self._ledger.note(entry, LifecycleEvent.PREFILL_SENT, self._clock())
+
+    def _num_blocks(self, entry: Entry, incarnation: str) -> int:
+        return num_blocks_for(entry.num_tokens + 1, self._workers.hello(incarnation).layout.block_size)
 
     def _deliver(self, entry: Entry, told: Told, now_s: float) -> bool:
         """Tokens to the client; False where that ended the attempt, for the client does not read."""
@@ -376,9 +388,6 @@ class AttemptFlow:
         if attempt and attempt.ticket is hold.ticket and attempt.finish_reason and attempt.timer:
             self._complete(hold.entry, attempt.finish_reason)
 
-    def _hold_of(self, entry: Entry, ticket: Ticket, incarnation: str) -> Hold:
-        return next(hold for hold in entry.holds if hold.ticket is ticket and hold.incarnation == incarnation)
-
     def _limit(self, entry: Entry, seconds: float, reason: str, incarnation: str) -> None:
         """The attempt fails unless its stage is over in time."""
         assert entry.attempt is not None
@@ -388,16 +397,3 @@ class AttemptFlow:
 
 
 _REFUSABLE = (Stage.RESERVING, Stage.PREFILLING)
-
-
-def remaining_s(timer: asyncio.TimerHandle | None) -> float | None:
-    """Until `timer` goes off."""
-    return None if timer is None else max(0.001, timer.when() - asyncio.get_running_loop().time())
-
-
-def add_transfer(entry: Entry, transfer: TransferStats) -> None:
-    """Transfers of all attempts add up: each was carried."""
-    stats = entry.stats
-    stats.kv_bytes = (stats.kv_bytes or 0) + transfer.num_bytes
-    stats.transfer_s = (stats.transfer_s or 0.0) + transfer.transfer_s
-    stats.transfer_exposed_s = (stats.transfer_exposed_s or 0.0) + transfer.exposed_s

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from core.errors import IntegrityError, PenstockError
 from core.events import LifecycleEvent
-from core.messages import Load, TransferStats, Work
+from core.messages import Load, SequenceTokens, TransferStats, Work
 from core.request import FinishReason, Request
 from core.stats import RequestStats
 from core.ticket import AttemptKey, Ticket
@@ -67,13 +67,31 @@ class Hold:
     closing: bool = False
     timer: asyncio.TimerHandle | None = None
 
+    @property
+    def leaves(self) -> bool:
+        """Whether the current attempt is to take over from this one: it is closing, and was not told so."""
+        attempt = self.entry.attempt
+        return attempt is not None and attempt.leaving is not None and attempt.leaving.hold is self
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """The attempt that another takes over from, and its hold at the worker that decodes it until the other has room.
+
+    `missed` was drawn meanwhile: it is drawn again elsewhere, or delivered after all where that is refused.
+    """
+
+    attempt: Attempt
+    hold: Hold
+    missed: list[SequenceTokens] = field(default_factory=list)
+
 
 @dataclass(slots=True, eq=False)
 class Attempt:
     """The current attempt at a request. `since_s` is when its stage began; `decoding` once decode sent a token.
 
     `num_to_read` are the tokens that prefill has to read for it, those ahead of it included; `num_to_send` those that
-    its transfer carries.
+    its transfer carries. One that `moves` takes over what another worker has decoded; `leaving` until it has room.
     """
 
     ticket: Ticket
@@ -85,6 +103,8 @@ class Attempt:
     decoding: bool = False
     finish_reason: FinishReason | None = None
     timer: asyncio.TimerHandle | None = None
+    moves: bool = False
+    leaving: Leaving | None = None
 
     def enter(self, stage: Stage, now_s: float) -> float:
         """Go on to `stage`, without a time limit; returns how long the last one took."""
@@ -104,8 +124,8 @@ class Entry:
 
     `seq` is its place in the queue, kept over retries. Each ticket gets the next `num_attempts`; only failed ones, not
     refused ones, are `num_failures`. `refusals` are the loads of workers that had no room, `refusal` is the reason the
-    last one gave. `placement` is the current attempt's, or the last one's. Tokens streamed so far are
-    `request.output_token_ids`.
+    last one gave; `stayed_s` is when one last refused what was to move there. `placement` is the current attempt's, or
+    the last one's. Tokens streamed so far are `request.output_token_ids`.
     """
 
     request: Request
@@ -121,6 +141,7 @@ class Entry:
     avoid: set[str] = field(default_factory=set)
     refusals: dict[str, Load] = field(default_factory=dict)
     refusal: str = ""
+    stayed_s: float = float("-inf")
     holds: list[Hold] = field(default_factory=list)
     history: list[tuple[LifecycleEvent, float]] = field(default_factory=list)
     hashes: PromptHashes = field(default_factory=PromptHashes, repr=False)
@@ -130,6 +151,9 @@ class Entry:
     error: PenstockError | None = None
     deadline_timer: asyncio.TimerHandle | None = None
     unavailable_timer: asyncio.TimerHandle | None = None
+
+    def hold_of(self, ticket: Ticket, incarnation: str) -> Hold:
+        return next(hold for hold in self.holds if hold.ticket is ticket and hold.incarnation == incarnation)
 
     @property
     def stats(self) -> RequestStats:

@@ -84,6 +84,16 @@ class Pair:
         return self.prefill, self.decode
 
     @property
+    def for_prompts(self) -> bool:
+        """Else it is for what is handed over alone."""
+        return self.prefill.role is not WorkerRole.DECODE
+
+    @property
+    def known(self) -> bool:
+        """Whether users should hear of it: of one that nobody may ever need only when it is open."""
+        return self.for_prompts or self.state in _OPEN
+
+    @property
     def up(self) -> bool:
         return self.state is PairState.UP
 
@@ -119,10 +129,13 @@ class PairTable:
         return iter(self._pairs.values())
 
     def add(self, hello: WorkerHello, others: Iterable[WorkerHello], now_s: float) -> None:
-        """A worker has connected: pair it with every other, in each direction that their roles allow."""
+        """A worker has connected: pair it with every other, in each direction that their roles allow.
+
+        Two that decode are paired as well, for what one may have to hand over to the other.
+        """
         for other in others:
             for prefill, decode in ((hello, other), (other, hello)):
-                if prefill.role is not WorkerRole.DECODE and decode.role is not WorkerRole.PREFILL:
+                if decode.role is not WorkerRole.PREFILL:
                     self._pairs[prefill.incarnation, decode.incarnation] = Pair(prefill, decode, due_s=now_s)
         self._room_changed = True
 
@@ -138,12 +151,12 @@ class PairTable:
 
     @property
     def any_idle(self) -> bool:
-        return any(pair.state is PairState.IDLE for pair in self)
+        return any(pair.state is PairState.IDLE and pair.for_prompts for pair in self)
 
     def take_changes(self) -> dict[PairKey, int | None]:
         """Pairs that came up since the last call, with their epochs, and those that did not stay so, with None.
 
-        A worker that is gone takes its pairs with it: of these nothing is told.
+        Of those that are not for prompts nothing is told, nor of those that a worker took with it.
         """
         changes, self._changes = self._changes, {}
         return {key: epoch for key, epoch in changes.items() if key in self._pairs}
@@ -158,7 +171,8 @@ class PairTable:
         if pair.answered >= {*pair.key}:
             pair.state, pair.reason, pair.up_since_s, pair.used_s = PairState.UP, "", now_s, now_s
             pair.transport, pair.num_bad_transfers = event.transport, 0
-            self._changes[pair.key] = pair.epoch
+            if pair.for_prompts:
+                self._changes[pair.key] = pair.epoch
 
     def answer_down(self, event: PairDown, now_s: float) -> bool:
         """Whether this took down the pair's latest channel; a word about an older one changes nothing."""
@@ -258,7 +272,11 @@ class PairTable:
         def fullness(pair: Pair) -> int:
             return max(num_open[name] for name in pair.key)
 
-        idle = [(fullness(pair), i, pair) for i, pair in enumerate(self) if pair.state is PairState.IDLE]
+        idle = [
+            (fullness(pair), i, pair)
+            for i, pair in enumerate(self)
+            if pair.state is PairState.IDLE and pair.for_prompts
+        ]
         heapq.heapify(idle)
         while idle:
             known, i, pair = heapq.heappop(idle)
@@ -292,7 +310,7 @@ class PairTable:
         pair.due_s = now_s + wait_s
 
     def _close(self, pair: Pair, state: PairState, reason: str) -> None:
-        if pair.up:
+        if pair.up and pair.for_prompts:
             self._changes[pair.key] = None
         pair.state, pair.reason, pair.transport = state, reason, ""
         self._room_changed = True

@@ -36,8 +36,10 @@ def command_to_wire(command: Command) -> pb.Command:
             return pb.Command(prompt_part=pb.PromptPart(ticket=_ticket(ticket), offset=offset, token_ids=token_ids))
         case Reserve(ticket, work):
             return pb.Command(reserve=pb.Reserve(ticket=_ticket(ticket), work=_work(work)))
-        case Prefill(ticket, work, num_skipped):
-            wire = pb.Prefill(ticket=_ticket(ticket), work=_work(work), num_skipped_tokens=num_skipped)
+        case Prefill(ticket, work, num_skipped, handover):
+            wire = pb.Prefill(
+                ticket=_ticket(ticket), work=_work(work), num_skipped_tokens=num_skipped, handover=handover
+            )
             return pb.Command(prefill=wire)
         case Accept():
             return pb.Command(accept=_accept(command))

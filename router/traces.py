@@ -121,6 +121,10 @@ class TraceRecorder:
                 self._place(trace, entry, entry.placement.route, entry.placement.reasons, now_s)
             case LifecycleEvent.REFUSED:
                 _end_attempt(trace, now_s, "refused", entry.refusal)
+            case LifecycleEvent.MOVED:
+                _end_attempt(trace, now_s, "moved", "")
+            case LifecycleEvent.STAYED:
+                _end_attempt(trace, now_s, "refused", entry.refusal)
             case LifecycleEvent.RETRIED if entry.failure:
                 _end_attempt(trace, now_s, "failed", f"{entry.failure.reason}: {entry.failure.message}")
             case LifecycleEvent.FINISHED if entry.finish_reason:

@@ -27,7 +27,7 @@ from core.messages import (
 from core.ticket import Ticket
 from router.config import SessionConfig
 from router.info import PairInfo, WorkerInfo
-from router.pairs import PairKey, PairTable, Told
+from router.pairs import PairKey, PairState, PairTable, Told
 from router.policies.fleet import Fleet, KindKey
 from router.policies.model import Route
 from router.rpc import Registration, SessionLostError, WireError, WorkerMessage
@@ -165,6 +165,15 @@ class Workers:
     def is_idle(self, prefill: str, decode: str) -> bool:
         return self._pairs.is_idle((prefill, decode))
 
+    def draining(self) -> tuple[str, ...]:
+        """Incarnations of connected workers that take no new work."""
+        return tuple(incarnation for incarnation, worker in self._connected.items() if worker.draining)
+
+    def ways_out(self, incarnation: str, state: PairState) -> tuple[Route, ...]:
+        """Pairs in that state by which the worker can hand over what it decodes."""
+        pairs = (pair for pair in self._pairs if pair.prefill.incarnation == incarnation and pair.state is state)
+        return tuple(Route(*pair.key, pair.epoch) for pair in pairs)
+
     def want(self, route: Route, in_use: Collection[PairKey]) -> None:
         """Connect an idle pair, in the background; pairs `in_use` do not make room for it."""
         self._tell(self._pairs.want((route.prefill, route.decode), in_use, self._clock()))
@@ -204,7 +213,7 @@ class Workers:
         """Why no request can be served, in a clause; empty where one can."""
         if self.has_route:
             return ""
-        reasons = [pair.reason for pair in self._pairs if pair.reason]
+        reasons = [pair.reason for pair in self._pairs if pair.reason and pair.for_prompts]
         if reasons:
             return f"no pair of workers is up: {reasons[0]}"
         names = ", ".join(sorted(hello.worker_id for hello, _ in self.connected()))
@@ -219,6 +228,7 @@ class Workers:
         return tuple(
             PairInfo(pair.prefill.worker_id, pair.decode.worker_id, pair.epoch, pair.up, pair.reason, pair.transport)
             for pair in self._pairs
+            if pair.known
         )
 
     async def close(self) -> None:

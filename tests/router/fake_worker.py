@@ -153,6 +153,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.script.pause.discard(kind)
         self._gates[kind].set()
 
+    def decode_to(self, num_steps: int) -> None:
+        """Those that wait decode on, up to so many steps."""
+        self.script.steps = num_steps
+        self._gates["tokens"].set()
+        self._gates["tokens"].clear()
+
     def say(self, *events: pb.Event, load: pb.Load | None = None) -> None:
         if not self.script.silent:
             self._outbox.put_nowait(pb.WorkerMessage(events=events, load=load or self.load()))
@@ -256,6 +262,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         ticket, key = prefill.ticket, key_of(prefill.ticket)
         self._expect(ticket.prefill_incarnation == self.incarnation, "a prefill for somebody else")
         local = ticket.prefill_incarnation == ticket.decode_incarnation
+        if prefill.handover:
+            before = [other for other in self.held if other[0] == key[0] and other[1] < key[1]]
+            for other in before:
+                self.forget(other)
         if not self._admit("prefill", ticket, prefill.work, local=local):
             return
         held = self.held[key]

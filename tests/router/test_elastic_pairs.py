@@ -208,5 +208,5 @@ def test_no_worker_ever_has_more_channels_than_it_has_room_for(
         for due in pairs.due(now_s):
             tell([*due.connects()])
         assert all(number <= max_pairs for number in num_open(pairs).values())
-        idle = [p for p in pairs if p.state is PairState.IDLE]
+        idle = [p for p in pairs if p.state is PairState.IDLE and p.for_prompts]
         assert not [p for p in idle if all(num_open(pairs)[name] < max_pairs for name in p.key)], "room is left unused"

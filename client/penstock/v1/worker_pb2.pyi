@@ -643,7 +643,10 @@ class Prefill(google.protobuf.message.Message):
     TICKET_FIELD_NUMBER: builtins.int
     WORK_FIELD_NUMBER: builtins.int
     NUM_SKIPPED_TOKENS_FIELD_NUMBER: builtins.int
+    HANDOVER_FIELD_NUMBER: builtins.int
     num_skipped_tokens: builtins.int
+    handover: builtins.bool
+    """the worker decodes the request now, and another shall go on: taken in every role, and while draining"""
     @property
     def ticket(self) -> Global___Ticket: ...
     @property
@@ -654,9 +657,10 @@ class Prefill(google.protobuf.message.Message):
         ticket: Global___Ticket | None = ...,
         work: Global___Work | None = ...,
         num_skipped_tokens: builtins.int = ...,
+        handover: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ticket", b"ticket", "work", b"work"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["num_skipped_tokens", b"num_skipped_tokens", "ticket", b"ticket", "work", b"work"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["handover", b"handover", "num_skipped_tokens", b"num_skipped_tokens", "ticket", b"ticket", "work", b"work"]) -> None: ...
 
 Global___Prefill: typing_extensions.TypeAlias = Prefill
 

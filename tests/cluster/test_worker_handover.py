@@ -1,0 +1,190 @@
+"""A request moves between two real decode workers: its K and V travel, and its tokens stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher
+
+from core.messages import (
+    Accept,
+    Accepted,
+    Connect,
+    Drain,
+    PairUp,
+    Prefill,
+    Prefilled,
+    Refused,
+    Release,
+    Released,
+    Reserve,
+    Reserved,
+    Work,
+    WorkerRole,
+)
+from core.ticket import Ticket
+from tests.cluster.running_worker import (
+    WAIT_S,
+    Router,
+    Running,
+    begin,
+    generate_locally,
+    new_name,
+    prompt_of,
+    rest,
+    work,
+)
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+    {"temperature": 0.8, "seed": 4, "grammar": LLMatcher.grammar_from_regex("([a-z]{3,5} )+"), "logprobs": 2},
+]
+
+
+@dataclass
+class Trio:
+    """A prefill worker and two decode workers; `routers` are one router's sessions with them."""
+
+    workers: dict[str, Running]
+    routers: dict[str, Router]
+
+    def connect(self, sender: str, receiver: str, epoch: int) -> None:
+        meeting = Connect(
+            sender, receiver, epoch, self.workers[receiver].kv.address, self.workers[receiver].engine.layout
+        )
+        for name in (sender, receiver):
+            self.routers[name].say(meeting)
+        for name in (sender, receiver):
+            assert self.routers[name].next(PairUp) == PairUp(sender, receiver, epoch, "shm")
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[dict[str, Running]]:
+    roles = {"p": WorkerRole.PREFILL, "a": WorkerRole.DECODE, "b": WorkerRole.DECODE}
+    running = {name: Running(name, role) for name, role in roles.items()}
+    yield running
+    for each in running.values():
+        each.close()
+        assert each.error is None
+        assert each.engine.pool.num_free_blocks == each.engine.pool.num_blocks
+
+
+@pytest.fixture
+def trio(workers: dict[str, Running]) -> Iterator[Trio]:
+    trio = Trio(workers, {name: Router(running) for name, running in workers.items()})
+    trio.connect("p", "a", 1)
+    trio.connect("a", "b", 1)
+    yield trio
+    for running in workers.values():
+        running.steps.resume()
+    for router in trio.routers.values():
+        router.hang_up()
+
+
+def continued(the_work: Work, token_ids: list[int]) -> Work:
+    return replace(the_work, token_ids=(*the_work.token_ids, *token_ids))
+
+
+def decode_some(trio: Trio, ticket: Ticket, the_work: Work, num_tokens: int) -> list[int]:
+    """The request decodes on worker a; its tokens, at least so many."""
+    token_ids = [begin(trio.routers["p"], trio.routers["a"], ticket, the_work)]
+    for sequence in trio.routers["a"].tokens(ticket.key):
+        token_ids += sequence.token_ids
+        if len(token_ids) >= num_tokens:
+            return token_ids
+    pytest.fail("it ended before it could move")
+
+
+def hand_over(trio: Trio, ticket: Ticket, the_work: Work) -> tuple[Reserved, Prefilled]:
+    a, b = trio.routers["a"], trio.routers["b"]
+    b.say(Reserve(ticket, the_work))
+    reserved = b.next(Reserved, ticket.key)
+    a.say(Prefill(ticket, the_work, reserved.num_skipped_tokens, handover=True))
+    prefilled = a.next(Prefilled, ticket.key)
+    assert prefilled.record is not None
+    b.say(Accept(ticket, prefilled.record, prefilled.first_token_id, WAIT_S))
+    b.next(Accepted, ticket.key)
+    a.say(Release(ticket))
+    a.next(Released, ticket.key)
+    return reserved, prefilled
+
+
+@pytest.mark.parametrize("way", range(len(WAYS)))
+def test_a_request_that_moves_writes_what_it_writes_alone(trio: Trio, way: int) -> None:
+    """Also when it has not yet filled a block, and when the worker that it leaves drains."""
+    for num_prompt, num_tokens in ((5, 3), (70, 40)):
+        the_work = work(prompt_of(num_prompt, first=way), 120, **WAYS[way])
+        name = new_name()
+        first, second = Ticket("r", 1, name, "p", "a", 1), Ticket("r", 2, name, "a", "b", 1)
+        token_ids = decode_some(trio, first, the_work, num_tokens)
+        _, prefilled = hand_over(trio, second, continued(the_work, token_ids))
+        assert trio.routers["a"].failure(first.key) == "stale_attempt"
+        # all but what was in no full block was in the cache
+        assert prefilled.num_cached_tokens >= (num_prompt + len(token_ids) - 1) // 16 * 16
+        token_ids += [prefilled.first_token_id, *rest(trio.routers["b"], second.key)]
+        for router in trio.routers.values():
+            router.until_idle()
+        alone = Running("m", WorkerRole.MIXED)
+        try:
+            assert generate_locally(Router(alone), the_work) == token_ids
+        finally:
+            alone.close()
+
+
+def test_a_second_move_back_sends_only_what_is_new(trio: Trio) -> None:
+    """Blocks that the first worker still has are found at its reservation."""
+    trio.connect("b", "a", 1)
+    the_work, name = work(prompt_of(70), 120), new_name()
+    tickets = [Ticket("r", 1, name, "p", "a", 1), Ticket("r", 2, name, "a", "b", 1), Ticket("r", 3, name, "b", "a", 1)]
+    token_ids = decode_some(trio, tickets[0], the_work, 5)
+    _, prefilled = hand_over(trio, tickets[1], continued(the_work, token_ids))
+    token_ids.append(prefilled.first_token_id)
+    there_and_back = Trio(trio.workers, {"a": trio.routers["b"], "b": trio.routers["a"]})
+    for sequence in trio.routers["b"].tokens(tickets[1].key):
+        token_ids += sequence.token_ids
+        if len(token_ids) > 30:
+            break
+    reserved, prefilled = hand_over(there_and_back, tickets[2], continued(the_work, token_ids))
+    assert reserved.num_skipped_tokens >= 64
+    token_ids += [prefilled.first_token_id, *rest(trio.routers["a"], tickets[2].key)]
+    alone = Running("m", WorkerRole.MIXED)
+    try:
+        assert generate_locally(Router(alone), the_work) == token_ids
+    finally:
+        alone.close()
+
+
+def test_a_decode_worker_takes_no_other_prompts(trio: Trio) -> None:
+    ticket = Ticket("r", 1, new_name(), "a", "b", 1)
+    trio.routers["a"].say(Prefill(ticket, work(prompt_of(20))))
+    assert trio.routers["a"].failure(ticket.key) == "wrong_role"
+    local = Ticket("r", 1, new_name(), "a", "a", 0)
+    trio.routers["a"].say(Prefill(local, work(prompt_of(20)), handover=True))
+    assert trio.routers["a"].failure(local.key) == "wrong_role"
+
+
+def test_a_draining_worker_hands_over_what_it_decodes_and_ends() -> None:
+    roles = {"p": WorkerRole.PREFILL, "a": WorkerRole.DECODE, "b": WorkerRole.DECODE}
+    running = {name: Running(name, role) for name, role in roles.items()}
+    trio = Trio(running, {name: Router(each) for name, each in running.items()})
+    try:
+        trio.connect("p", "a", 1)
+        trio.connect("a", "b", 1)
+        the_work, name = work(prompt_of(40), 300), new_name()
+        token_ids = decode_some(trio, Ticket("r", 1, name, "p", "a", 1), the_work, 4)
+        running["a"].worker.post(Drain(60.0))
+        other = Ticket("s", 1, new_name(), "p", "a", 1)
+        trio.routers["a"].say(Reserve(other, the_work))
+        assert trio.routers["a"].next(Refused, other.key).reason == "draining"
+        second = Ticket("r", 2, name, "a", "b", 1)
+        _, prefilled = hand_over(trio, second, continued(the_work, token_ids))
+        assert running["a"].wait() is None
+        token_ids += [prefilled.first_token_id, *rest(trio.routers["b"], second.key)]
+        assert len(token_ids) == 300
+    finally:
+        for each in running.values():
+            each.close()
