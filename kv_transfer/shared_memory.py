@@ -89,7 +89,7 @@ class SharedMemoryTransport:
         places = bytearray(_PLACE.size * len(sizes))
         with self._reasons(timeout_s):
             self._receive(memoryview(places))
-            parts = [self._part(size, *place) for size, place in zip(sizes, _PLACE.iter_unpack(places), strict=True)]
+            parts = [self._part(*place) for place in _PLACE.iter_unpack(places)]
         self._using = True
         return iter(parts)
 
@@ -104,10 +104,9 @@ class SharedMemoryTransport:
                     raise TransferError("pair_down", "the peer says what it should not")
             self._num_done += 1
 
-    def _part(self, size: int, offset: int, announced: int) -> Tensor:
-        if announced != size or offset + size > self._region.numel():
-            text = f"{announced} bytes at {offset} are not the {size} of the frame"
-            raise TransferError("corrupt_frame", text)
+    def _part(self, offset: int, size: int) -> Tensor:
+        if offset + size > self._region.numel():
+            raise TransferError("corrupt_frame", f"{size} bytes at {offset} are not within the memory that is shared")
         return self._region[offset : offset + size]
 
     def _place(self, part: Tensor) -> bytes:

@@ -47,7 +47,7 @@ class Transport(Protocol):
     def receive_frame(self, frame: Tensor, timeout_s: float) -> None: ...
 
     def receive_parts(self, sizes: Sequence[int], timeout_s: float) -> Iterator[Tensor]:
-        """What came with the frame: [size] uint8 each, to be read until the next `receive_frame`.
+        """What came with the frame: [size] uint8 each, or less where less was sent, until the next `receive_frame`.
 
         The later ones come while the caller is busy with the ones before.
         """

@@ -22,12 +22,13 @@ from kernels.paged_kv import token_views
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import KVEvent, TransferReady
 from kv_transfer.plane import KVPlane
+from kv_transfer.rendezvous import Rendezvous
 from tests.kv_transfer.memory_transport import MemoryNetwork
 
 HOST = "127.0.0.1"
 WAIT_S = 10.0
 """For anything that should happen at once."""
-QUICK = TransferConfig(connect_timeout_s=5.0, silence_timeout_s=2.0, keepalive_s=0.2)
+QUICK = TransferConfig(connect_timeout_s=5.0, silence_timeout_s=2.0, keepalive_s=0.2, streaming="layerwise")
 
 Event = TypeVar("Event", bound=object)
 _numbers = itertools.count(1)
@@ -61,6 +62,7 @@ class Worker:
         num_blocks: int = 64,
         network: MemoryNetwork | None = None,
         clock: Clock = time.monotonic,
+        rendezvous: Rendezvous | None = None,
     ) -> None:
         self.name, self.layout = name, shape
         self.storage = KVStorage(shape, num_blocks, torch.device("cpu"))
@@ -68,7 +70,8 @@ class Worker:
             for view in token_views(layer):
                 view.copy_(30 * torch.randn(view.shape))
         self.events: queue.SimpleQueue[KVEvent] = queue.SimpleQueue()
-        rendezvous = network.rendezvous(name, config.connect_timeout_s) if network else None
+        if network is not None:
+            rendezvous = network.rendezvous(name, config.connect_timeout_s)
         self.plane = KVPlane(name, self.storage, HOST, config, clock, self.events.put, rendezvous)
         self._free = random.Random(name).sample(range(num_blocks), num_blocks)
 
