@@ -19,6 +19,7 @@ from kernels.memory import zeros
 from kv_transfer.config import TransferConfig
 from kv_transfer.frame import FRAME_BYTES, Entry, Frame, FrameKind, pack, unpack
 from kv_transfer.outbox import Outbox, Outgoing
+from kv_transfer.streaming import LinkFit, LinkMeter
 from kv_transfer.transport import Delivery, Transport
 
 FAILED = "the channel's thread failed"
@@ -112,7 +113,13 @@ class SendChannel(Channel):
         self._window = threading.Semaphore(WINDOW)
         self._flying: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
         self._failure = FAILED
+        self._meter = LinkMeter()
         self._outbox = Outbox(config.max_staging_bytes, config.coalesce_bytes, memory)
+
+    @property
+    def fit(self) -> LinkFit:
+        """What the link is known to do."""
+        return self._meter.fit
 
     def stage(self, num_bytes: int, wanted: Callable[[], bool]) -> Tensor | None:
         """[num_bytes] uint8 on CPU to make a payload in, for `put` or `unstage`; waits and fails as `put` does."""
@@ -121,12 +128,12 @@ class SendChannel(Channel):
     def unstage(self, payload: Tensor) -> None:
         self._outbox.unstage(payload)
 
-    def put(self, outgoing: Outgoing, wanted: Callable[[], bool]) -> bool:
+    def put(self, outgoing: Outgoing, wanted: Callable[[], bool], *, more: bool = False) -> bool:
         """Queue a segment. Where staging is full, waits for as long as the peer takes something every `keepalive_s`.
 
-        False: it was not queued.
+        False: it was not queued. `more`: it may wait for the next one, which comes at once.
         """
-        return self._outbox.put(outgoing, self._config.keepalive_s, wanted)
+        return self._outbox.put(outgoing, self._config.keepalive_s, wanted, more=more)
 
     def drop(self, key: AttemptKey) -> None:
         """Forget what is queued of an attempt. What is leaving right now still leaves."""
@@ -140,7 +147,7 @@ class SendChannel(Channel):
         settling = threading.Thread(target=self._settle, name=f"{self.thread.name}-settle", daemon=True)
         settling.start()
         try:
-            while (batch := self._outbox.take(self._config.keepalive_s)) is not None:
+            while (batch := self._next()) is not None:
                 self.num_turns += 1
                 self._send(batch)
         finally:
@@ -149,14 +156,16 @@ class SendChannel(Channel):
             settling.join(self._config.keepalive_s)
         return self._failure
 
-    def _send(self, batch: list[Outgoing]) -> None:
-        """Put a batch on its way, or the sign of life that an empty one is; waits while `WINDOW` of them are."""
+    def _next(self) -> list[Outgoing] | None:
+        """What is sent next, taken when fewer than `WINDOW` batches are on their way: until then it can be dropped."""
         timeout_s = self._config.silence_timeout_s
         if not self._window.acquire(timeout=timeout_s):
             raise TransferError("pair_down", f"the peer has taken nothing for {timeout_s:g} s")
-        if self.closed:
-            return
-        started_at = self._clock()
+        return self._outbox.take(self._config.keepalive_s)
+
+    def _send(self, batch: list[Outgoing]) -> None:
+        """Put a batch on its way, or the sign of life that an empty one is."""
+        timeout_s, started_at = self._config.silence_timeout_s, self._clock()
         parts = [outgoing.payload.to(self._transport.payload_device) for outgoing in batch]
         for part, outgoing in zip(parts, batch, strict=True):
             if part.numel() != outgoing.num_bytes:  # gloo ends the peer's process where more comes than it expects
@@ -183,7 +192,9 @@ class SendChannel(Channel):
     def _book(self, flight: _Flight, started_at: float) -> float:
         """Tell of a batch that has left; returns when it had."""
         sent_at, num_bytes = self._clock(), sum(outgoing.num_bytes for outgoing in flight.batch)
-        self._outbox.sent(flight.batch)
+        self._meter.observe(num_bytes, sent_at - started_at)
+        if flight.batch:
+            self._outbox.sent(flight.batch)
         for outgoing in flight.batch:
             share = (sent_at - started_at) * outgoing.num_bytes / num_bytes
             self._on_sent(outgoing.entry.key, outgoing.num_bytes, share, sent_at)

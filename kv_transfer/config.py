@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from core.errors import ConfigError
 from kv_transfer.frame import MAX_PAYLOAD_BYTES
+from kv_transfer.streaming import Streaming
 
 Backend = Literal["auto", "shm", "gloo", "nccl"]
 
@@ -35,16 +36,22 @@ class TransferConfig:
     """Memory for segments on their way out, per pair; a prefill that is faster than the link waits."""
     max_pairs: int = 16
     """Channels a worker has at once. With more partners, those that were not used for longest give way."""
-    coalesce_kib: int = 1024
+    coalesce_kib: int = 4096
     """Segments that wait together leave together, up to this size."""
+    streaming: Streaming = "auto"
+    """When a prompt's KV leaves: layerwise as soon as a layer is computed, serial after the last one; auto in batches
+    whose size follows from the prompt's and from the link, as it is measured while it is used."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "backend" and not (value > 0 and math.isfinite(value)):
+            if f.name not in ("backend", "streaming") and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"transfer.{f.name}", value, "must be a finite number > 0")
         if self.backend not in get_args(Backend):
             raise ConfigError("transfer.backend", self.backend, "must be one of 'auto', 'shm', 'gloo', 'nccl'")
+        if self.streaming not in get_args(Streaming):
+            text = "must be one of 'auto', 'layerwise', 'serial'"
+            raise ConfigError("transfer.streaming", self.streaming, text)
         if self.silence_timeout_s <= self.keepalive_s:
             raise ConfigError(
                 "transfer.silence_timeout_s", self.silence_timeout_s, f"must be > keepalive_s = {self.keepalive_s:g}"

@@ -77,10 +77,11 @@ class Outbox:
             self._free_staged(payload)
             self._changed.notify_all()
 
-    def put(self, outgoing: Outgoing, patience_s: float, wanted: Callable[[], bool]) -> bool:
+    def put(self, outgoing: Outgoing, patience_s: float, wanted: Callable[[], bool], *, more: bool = False) -> bool:
         """Queue a segment; where it is not staged, waits for room as `stage` does. An empty outbox always has room.
 
-        False, and not queued, where there was none, the outbox was closed, or it is no longer `wanted`.
+        False, and not queued, where there was none, the outbox was closed, or it is no longer `wanted`. With `more` to
+        come at once nobody is woken for this one, so that they leave together.
         """
         with self._changed:
 
@@ -97,7 +98,8 @@ class Outbox:
             self._queue.append(outgoing)
             if not outgoing.staged:
                 self._num_bytes += outgoing.num_bytes
-            self._changed.notify_all()
+            if not more:
+                self._changed.notify_all()
         return True
 
     def take(self, timeout_s: float) -> list[Outgoing] | None:

@@ -20,10 +20,21 @@ from kv_transfer.outbox import Outgoing
 from kv_transfer.ownership import Holding, Ledger, SendState
 from kv_transfer.pairs import PairKey, Pairs
 from kv_transfer.reshard import ReshardPlan
+from kv_transfer.streaming import batch_bytes
 from kv_transfer.wire import to_wire
 
 SETTLE_S = 0.05
 """How long `release` waits for the channel to book what has already arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """K and V of positions [start, end) of a layer, which stand in the cache and have not left."""
+
+    layer: int
+    start: int
+    end: int
+    block_ids: Sequence[int]
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +42,8 @@ class _Sending:
     holding: Holding[SendState]
     channel: SendChannel
     skipped_prefix: Sequence[int]
+    due: list[_Due] = field(default_factory=list)
+    """What gathers, to leave together."""
     records: list[SegmentRecord] = field(default_factory=list)
     num_sent: int = 0
     num_bytes: int = 0
@@ -51,9 +64,10 @@ class _Sending:
 class KVSender:
     """All transfers that leave this worker.
 
-    The blocks stay the prefill half's; this reads them in `push` and never later: what is on its way is a copy, owned
-    by the channel. `begin`, `push`, `commit` and `release` belong to the engine thread; the rest may come from any.
-    Failures of a transfer are told by TransferFailed, once, and never raised into a step.
+    The blocks stay the prefill half's; this reads them in `push` and `flush` and never later: what is on its way is a
+    copy, owned by the channel. The `push` of a step's last layer leaves nothing to be read. `begin`, `push`, `flush`,
+    `commit` and `release` belong to the engine thread; the rest may come from any. Failures of a transfer are told by
+    TransferFailed, once, and never raised into a step.
     """
 
     def __init__(
@@ -66,10 +80,12 @@ class KVSender:
         notify: Notify,
     ) -> None:
         self._pairs, self._storage, self._plan, self._clock, self._notify = pairs, storage, plan, clock, notify
+        self._config = config
         self._changed = threading.Condition()
         self._sending: dict[AttemptKey, _Sending] = {}
         self._ledger: Ledger[SendState] = Ledger(config)
-        self._max_cells = min(MAX_PAYLOAD_BYTES, config.max_staging_bytes) // storage.layout.bytes_per_cell
+        self._max_bytes = min(MAX_PAYLOAD_BYTES, config.coalesce_bytes, config.max_staging_bytes)
+        self._max_cells = max(self._max_bytes // storage.layout.bytes_per_cell, storage.layout.num_kv_heads)
 
     def begin(self, ticket: Ticket, skipped_prefix: Sequence[int] = ()) -> None:
         """Open a transfer; the positions of `skipped_prefix` are there already and won't be sent.
@@ -87,7 +103,7 @@ class KVSender:
             self._notify(TransferFailed(fenced.key, "stale_attempt", f"attempt {ticket.attempt} has begun"))
 
     def push(self, key: AttemptKey, layer: int, start: int, end: int, block_ids: Sequence[int]) -> None:
-        """Copy K and V of positions [start, end) out of the cache and queue them.
+        """K and V of positions [start, end) stand in the cache: they leave, now or together with layers to come.
 
         Waits while staging is full and the peer takes some of it; a peer that takes nothing fails the transfer after
         one `keepalive_s`, for other pairs wait meanwhile. Does nothing for one that has failed, was cancelled or is
@@ -96,16 +112,26 @@ class KVSender:
         sending = self._live(key)
         if sending is None:
             return
-        start = max(start, len(sending.skipped_prefix))
-        for segment in self._plan.outgoing(0, layer, start, end, self._max_cells):
-            if not self._push(sending, segment, block_ids):
-                return
+        layout = self._storage.layout
+        sending.due.append(_Due(layer, max(start, len(sending.skipped_prefix)), end, block_ids))
+        num_tokens = [max(0, due.end - due.start) for due in sending.due]
+        token_bytes = layout.on_wire(sending.holding.ticket.kv_wire_dtype).bytes_per_token_per_layer
+        total_bytes = num_tokens[-1] * token_bytes * layout.num_layers
+        enough = batch_bytes(total_bytes, sending.channel.fit, self._config.streaming)
+        if layer == layout.num_layers - 1 or sum(num_tokens) * token_bytes >= enough:
+            self._flush(sending)
+
+    def flush(self, key: AttemptKey) -> None:
+        """Let what has gathered leave; for the engine thread."""
+        if (sending := self._live(key)) is not None:
+            self._flush(sending)
 
     def commit(self, key: AttemptKey, token_ids: Sequence[int]) -> CommitRecord:
         """The prompt `token_ids` is computed: what was sent of it, or will have been.
 
         Raises the TransferError it failed by, or `cancelled`.
         """
+        self.flush(key)
         sending = self._live(key)
         with self._changed:
             if sending is None or not sending.holding.live:
@@ -194,10 +220,27 @@ class KVSender:
             return None
         return sending
 
-    def _push(self, sending: _Sending, segment: Segment, block_ids: Sequence[int]) -> bool:
+    def _flush(self, sending: _Sending) -> None:
+        """Queue all that has gathered, in pieces that are on their way while the next is copied."""
+        due, sending.due = sending.due, []
+        segments = [
+            (segment, each.block_ids)
+            for each in due
+            for segment in self._plan.outgoing(0, each.layer, each.start, each.end, self._max_cells)
+        ]
+        num_bytes = 0
+        for i, (segment, block_ids) in enumerate(segments, start=1):
+            num_bytes += segment.num_cells * self._storage.layout.bytes_per_cell
+            more = i < len(segments) and num_bytes < self._max_bytes
+            if not self._push(sending, segment, block_ids, more=more):
+                return
+            if not more:
+                num_bytes = 0
+
+    def _push(self, sending: _Sending, segment: Segment, block_ids: Sequence[int], *, more: bool) -> bool:
         if (outgoing := self._copy(sending, segment, block_ids)) is not None:
             sending.records.append(outgoing.entry.record)
-            if sending.channel.put(outgoing, lambda: sending.holding.live):
+            if sending.channel.put(outgoing, lambda: sending.holding.live, more=more):
                 return True
         if sending.channel.closed:
             self._fail(sending, "pair_down", "the channel has ended")

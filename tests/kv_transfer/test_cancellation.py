@@ -16,7 +16,7 @@ from kv_transfer.events import TransferFailed, TransferReady
 from tests.kv_transfer.harness import WAIT_S, Transfer, Worker, layout, pair, tickets
 from tests.kv_transfer.memory_transport import MemoryNetwork
 
-PATIENT = TransferConfig(lease_s=1000, silence_timeout_s=10, keepalive_s=5)
+PATIENT = TransferConfig(lease_s=1000, silence_timeout_s=10, keepalive_s=5, streaming="layerwise")
 STAGES: list[Callable[[Transfer], object]] = [
     lambda transfer: None,
     lambda transfer: transfer.begin(),
@@ -167,7 +167,7 @@ def test_a_newer_attempt_fences_the_older_on_both_sides(both: tuple[Worker, Work
 
 
 def test_a_cancel_wakes_a_push_that_waits_for_room(network: MemoryNetwork) -> None:
-    config = TransferConfig(lease_s=1000, silence_timeout_s=30, keepalive_s=5, max_staging_mib=1)
+    config = TransferConfig(lease_s=1000, silence_timeout_s=30, keepalive_s=5, max_staging_mib=1, streaming="layerwise")
     shape = layout(block_size=4096, num_layers=4)  # 512 KiB of a layer's K and V: two fill the staging
     with pair(config=config, network=network, prefill_layout=shape, decode_layout=shape) as (prefill, decode):
         network.to_receiver[1].hold(True)
@@ -186,7 +186,7 @@ def test_a_cancel_wakes_a_push_that_waits_for_room(network: MemoryNetwork) -> No
 
 
 def test_a_prefill_that_the_link_cannot_follow_fails_its_transfer_and_not_the_step(network: MemoryNetwork) -> None:
-    config = TransferConfig(silence_timeout_s=0.5, keepalive_s=0.1, max_staging_mib=1)
+    config = TransferConfig(silence_timeout_s=0.5, keepalive_s=0.1, max_staging_mib=1, streaming="layerwise")
     shape = layout(block_size=4096, num_layers=4)
     with pair(config=config, network=network, prefill_layout=shape, decode_layout=shape) as (prefill, decode):
         network.to_receiver[1].hold(True)
@@ -204,7 +204,7 @@ def test_a_prefill_that_the_link_cannot_follow_fails_its_transfer_and_not_the_st
 
 def test_expiry_is_told_once_and_stops_both_sides(network: MemoryNetwork) -> None:
     clock = ManualClock()
-    config = TransferConfig(lease_s=5, silence_timeout_s=10, keepalive_s=5)
+    config = TransferConfig(lease_s=5, silence_timeout_s=10, keepalive_s=5, streaming="layerwise")
     with pair(config=config, network=network, clock=clock) as (prefill, decode):
         lost, wanted = Transfer(prefill, decode, 8), Transfer(prefill, decode, 8)
         for transfer in (lost, wanted):
@@ -228,7 +228,7 @@ def test_expiry_is_told_once_and_stops_both_sides(network: MemoryNetwork) -> Non
 
 def test_nothing_is_sent_or_published_after_a_lease_has_ended_unnoticed(network: MemoryNetwork) -> None:
     clock = ManualClock()
-    config = TransferConfig(lease_s=5, silence_timeout_s=10, keepalive_s=5)
+    config = TransferConfig(lease_s=5, silence_timeout_s=10, keepalive_s=5, streaming="layerwise")
     with pair(config=config, network=network, clock=clock) as (prefill, decode):
         transfer = Transfer(prefill, decode, 8)
         transfer.begin()

@@ -20,7 +20,7 @@ from kv_transfer.pairs import MAX_ENDED
 from tests.kv_transfer.harness import QUICK, WAIT_S, Transfer, Worker, connect, connects, layout, tickets
 from tests.kv_transfer.memory_transport import MemoryNetwork, MemoryTransport, Message
 
-HASTY = TransferConfig(connect_timeout_s=5.0, silence_timeout_s=0.3, keepalive_s=0.1)
+HASTY = TransferConfig(connect_timeout_s=5.0, silence_timeout_s=0.3, keepalive_s=0.1, streaming="layerwise")
 
 
 @contextmanager

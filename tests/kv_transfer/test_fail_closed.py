@@ -20,7 +20,7 @@ from kv_transfer.frame import FRAME_BYTES, Entry, Frame, FrameKind, pack, unpack
 from tests.kv_transfer.harness import Transfer, Worker, pair
 from tests.kv_transfer.memory_transport import MemoryNetwork, Wire
 
-PATIENT = TransferConfig(silence_timeout_s=10, keepalive_s=0.5, lease_s=1000)
+PATIENT = TransferConfig(silence_timeout_s=10, keepalive_s=0.5, lease_s=1000, streaming="layerwise")
 
 
 @pytest.fixture

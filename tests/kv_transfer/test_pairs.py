@@ -38,7 +38,7 @@ from tests.kv_transfer.harness import (
 )
 from tests.kv_transfer.memory_transport import MemoryNetwork
 
-HASTY = TransferConfig(connect_timeout_s=0.5, silence_timeout_s=1.0, keepalive_s=0.2)
+HASTY = TransferConfig(connect_timeout_s=0.5, silence_timeout_s=1.0, keepalive_s=0.2, streaming="layerwise")
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def test_a_peer_that_says_nothing_is_given_up_in_time() -> None:
 
 
 def test_closing_wakes_who_still_waits_for_a_peer() -> None:
-    patient = TransferConfig(connect_timeout_s=60)
+    patient = TransferConfig(connect_timeout_s=60, streaming="layerwise")
     with workers(patient, layout(), layout()) as (prefill, decode), socket.create_server((HOST, 0)) as stopped:
         decode.plane.connect(connects(prefill, decode, 1)[1])
         prefill.plane.connect(Connect("w0", "d", 1, f"{HOST}:{stopped.getsockname()[1]}", layout()))
@@ -318,7 +318,10 @@ def test_a_ticket_needs_a_live_channel_of_its_epoch_and_direction() -> None:
 
 
 def test_an_idle_channel_stays_up() -> None:
-    with pair(config=TransferConfig(silence_timeout_s=0.4, keepalive_s=0.1)) as (prefill, decode):
+    with pair(config=TransferConfig(silence_timeout_s=0.4, keepalive_s=0.1, streaming="layerwise")) as (
+        prefill,
+        decode,
+    ):
         with pytest.raises(queue.Empty):
             decode.events.get(timeout=1.2)  # three silences long
         assert prefill.silent()

@@ -111,7 +111,8 @@ def test_a_layer_too_large_for_one_message_is_cut() -> None:
         transfer.begin()
         transfer.push()
         record = transfer.commit()
-        assert [s.num_bytes <= MAX_PAYLOAD_BYTES for s in record.segments] == [True, True]
+        assert len(record.segments) > 1
+        assert all(s.num_bytes <= MAX_PAYLOAD_BYTES for s in record.segments)
         transfer.accept(record)
         assert decode.expect(TransferReady).key == transfer.key
         assert transfer.arrived()
