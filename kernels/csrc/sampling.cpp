@@ -2,7 +2,6 @@
 // bit: weights of tokens are integers, whose sums don't depend on an order, and the exponential is the same short
 // sequence of float32 operations in both, none of them fused.
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "pool.h"
+#include "selection.h"
 
 namespace {
 
@@ -103,122 +103,7 @@ int64_t weigh(const float* x, int64_t size, float best, float sharpness, int64_t
     return total;
 }
 
-// ---- top-k and top-p: the least weight that is kept, and up to which token id its equals are
-
-struct Limit {
-    int64_t weight = 1, last_id = std::numeric_limits<int64_t>::max(), total = 0;
-};
-
-struct Amount {
-    int64_t count = 0, sum = 0;
-};
-
-// The best tokens until there are `max_count` of them, or they hold `needed`: cuts the range of the limit in four until
-// few tokens are left in it to sort.
-class Selection {
-  public:
-    Limit best(const int64_t* weights, int64_t size, int64_t max_count, int64_t needed) {
-        const auto enough = [&](const Amount& a) { return a.count >= max_count || a.sum >= needed; };
-        weights_.resize(static_cast<size_t>(size));
-        ids_.resize(static_cast<size_t>(size + 16));
-        int64_t low = 1, high = FULL_WEIGHT + 1;  // the limit is in [low, high)
-        Amount at_low{size, 0}, above, base;      // above: `high` and more; base: what was put aside
-        bool all = true;
-        for (Cuts cuts = FIRST; high - low > 1 && at_low.count - above.count > FEW; cuts = between(low, high)) {
-            std::array<Amount, 3> found = at_least(all ? weights : weights_.data(), all ? size : size_, cuts);
-            for (size_t i = 0; i < cuts.size(); ++i) {
-                found[i].count += base.count, found[i].sum += base.sum;
-                if (!enough(found[i])) {
-                    high = cuts[i], above = found[i];
-                    break;
-                }
-                low = cuts[i], at_low = found[i];
-            }
-            if (all && at_low.count - above.count < size / 12) {
-                take(weights, size, low, high);
-                all = false, base = above;
-            }
-        }
-        if (all) take(weights, size, low, high);
-        return sorted(low, high, above, enough);
-    }
-
-  private:
-    using Cuts = std::array<int64_t, 3>;
-    static constexpr int64_t FULL_WEIGHT = int64_t{1} << 44, FEW = 32;
-    static constexpr Cuts FIRST = {FULL_WEIGHT >> 14, FULL_WEIGHT >> 9, FULL_WEIGHT >> 5};
-
-    // Even on a logarithmic scale; at least the second is inside.
-    static Cuts between(int64_t low, int64_t high) {
-        const double step = std::pow(static_cast<double>(high) / static_cast<double>(low), 0.25);
-        Cuts cuts;
-        double cut = static_cast<double>(low);
-        for (int64_t& each : cuts) each = std::clamp(static_cast<int64_t>(cut *= step), low + 1, high - 1);
-        return cuts;
-    }
-
-    static std::array<Amount, 3> at_least(const int64_t* weights, int64_t size, Cuts cuts) {
-        const int64_t first = cuts[0], second = cuts[1], third = cuts[2];
-        int64_t count1 = 0, count2 = 0, count3 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
-        for (int64_t i = 0; i < size; ++i) {
-            const int64_t w = weights[i];
-            const int64_t w1 = w >= first ? w : 0, w2 = w >= second ? w : 0, w3 = w >= third ? w : 0;
-            count1 += w1 != 0, count2 += w2 != 0, count3 += w3 != 0;
-            sum1 += w1, sum2 += w2, sum3 += w3;
-        }
-        return {Amount{count1, sum1}, Amount{count2, sum2}, Amount{count3, sum3}};
-    }
-
-    // The tokens whose weight is in [low, high), in the order of their ids.
-    void take(const int64_t* weights, int64_t size, int64_t low, int64_t high) {
-        int64_t i = 0, num = 0;
-        int32_t* ids = ids_.data();
-#if defined(__AVX512F__)
-        const __m512i least = _mm512_set1_epi64(low), limit = _mm512_set1_epi64(high);
-        const auto inside = [&](int64_t start) {
-            const __m512i w = _mm512_loadu_si512(weights + start);
-            return _mm512_mask_cmplt_epi64_mask(_mm512_cmpge_epi64_mask(w, least), w, limit);
-        };
-        __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (; i + 16 <= size; i += 16) {
-            const auto in = static_cast<__mmask16>(inside(i) | inside(i + 8) << 8);
-            _mm512_storeu_si512(ids + num, _mm512_maskz_compress_epi32(in, each));
-            num += __builtin_popcount(in);
-            each = _mm512_add_epi32(each, _mm512_set1_epi32(16));
-        }
-#endif
-        for (; i < size; ++i) {
-            ids[num] = static_cast<int32_t>(i);
-            num += weights[i] >= low && weights[i] < high;
-        }
-        size_ = num;
-        for (i = 0; i < num; ++i) weights_[i] = weights[ids[i]];
-    }
-
-    // The limit is in [low, high), and `a` are those above.
-    template <class Enough>
-    Limit sorted(int64_t low, int64_t high, Amount a, const Enough& enough) {
-        order_.clear();
-        for (int64_t i = 0; i < size_; ++i) {
-            if (weights_[i] >= low && weights_[i] < high) order_.push_back(i);
-        }
-        const auto better = [&](int64_t i, int64_t j) {
-            return weights_[i] > weights_[j] || (weights_[i] == weights_[j] && i < j);
-        };
-        std::sort(order_.begin(), order_.end(), better);
-        Limit limit;
-        for (const int64_t i : order_) {
-            ++a.count, a.sum += weights_[i];
-            limit = {weights_[i], ids_[i], a.sum};
-            if (enough(a)) break;
-        }
-        return limit;
-    }
-
-    std::vector<int64_t> weights_, order_;
-    std::vector<int32_t> ids_;
-    int64_t size_ = 0;
-};
+// ---- top-k and top-p
 
 int64_t share(int64_t total, double part) {
     return std::min(static_cast<int64_t>(std::ceil(static_cast<double>(total) * part)), total);
@@ -284,8 +169,8 @@ int64_t sample_row(float* x, int64_t size, const Row& row, const int32_t* histor
     const float sharpness = 1.0f / std::max(row.temperature, std::numeric_limits<float>::min());
     Limit limit;
     limit.total = weigh(x, size, best, sharpness, row.min_weight, weights);
-    if (row.top_k < size) limit = s.selection.best(weights, size, row.top_k, limit.total);
-    if (row.top_p < 1.0) limit = s.selection.best(weights, size, row.top_k, share(limit.total, row.top_p));
+    if (row.top_k < size) limit = s.selection.best(weights, size, limit, row.top_k, limit.total);
+    if (row.top_p < 1.0) limit = s.selection.best(weights, size, limit, row.top_k, share(limit.total, row.top_p));
     return draw(weights, size, limit, uniform(row.seed, row.position));
 }
 
