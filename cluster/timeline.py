@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -62,7 +62,11 @@ def print_reasons(trace: RequestTrace, console: Console) -> None:
         console.print(f"no workers were chosen: it waited {trace.elapsed_s * 1e3:.1f} ms in the queue")
     for attempt in trace.attempts:
         console.print(f"[b]{placement_line(attempt)}[/]")
-        console.print(f"  because   {escape(', '.join(attempt.reasons)) or 'no reason was kept'}")
+        if attempt.waited_for:
+            console.print(f"  waited    as {escape(in_words(attempt.waited_for))}")
+        console.print(f"  policy    {escape(attempt.policy)}: {escape(in_words(attempt.reasons))}")
+        if attempt.forecast is not None:
+            console.print(f"  foreseen  {foreseen(attempt, trace)}")
         console.print(f"  it was    {attempt.outcome}" + (f": {escape(attempt.detail)}" if attempt.detail else ""))
         if attempt.kv_bytes is not None:
             console.print(f"  carried   {carried(attempt)}")
@@ -96,6 +100,63 @@ def carried(attempt: AttemptTrace) -> str:
         hidden = max(0.0, 1.0 - exposed_s / attempt.transfer_s)
         text += f" at {(attempt.kv_bytes or 0) / attempt.transfer_s / 1e9:.2f} GB/s, {hidden:.0%} behind computing"
     return text
+
+
+REASONS = {
+    "local": "read and written by one worker",
+    "disaggregated": "read by one worker, written by another",
+    "least_loaded": "predicted to be done first",
+    "next_in_turn": "next in turn",
+    "better_of_two": "the better of two that were drawn",
+    "none_drawn_had_room": "none of those drawn had room, so where it would be done first",
+    "prefix_cached": "cached prefix and queue together cost least",
+    "no_prefix_cached": "nobody has any of the prompt, so where it would be done first",
+    "no_holder_has_room": "those that have some of the prompt have no room, so where it would be done first",
+    "holders_busy": "waiting for those that have some of the prompt would cost more than it saves",
+    "no_slo": "no target is set, so where it would be done first",
+    "tightest_fit": "the fullest that still meets the targets",
+    "slo_out_of_reach": "none meets the targets, so where it would be done first",
+    "cheapest": "the cheapest that is fast enough",
+    "none_cheap_is_fast_enough": "none that is cheap is fast enough, so where it would be done first",
+    "own_pools": "its pools can take it in time",
+    "tokens_overflow": "decode workers are full: a mixed one helps out",
+    "prompts_overflow": "prefill workers are busy: a mixed one helps out",
+    "all_overflow": "both pools are full: mixed workers help out",
+    "avoided_failed_worker": "a worker that failed it was left out",
+    "refused": "a worker had refused it",
+    "no_prefill_credit": "prefill workers had all they may have",
+    "no_decode_credit": "decode workers had all they may have",
+    "no_decode_blocks": "no decode worker had blocks for it",
+    "no_pair": "no pair with room was connected",
+    "no_route": "no worker or pair was there",
+    "too_long": "no worker could hold it",
+}
+"""The reasons of `router/policies` for people; what is missing here is shown as it is."""
+
+
+def in_words(reasons: Sequence[str]) -> str:
+    return "; ".join(f"{REASONS[reason]} ({reason})" if reason in REASONS else reason for reason in reasons)
+
+
+def foreseen(attempt: AttemptTrace, trace: RequestTrace) -> str:
+    """The forecast that the choice was made by, beside what came of it."""
+    forecast = attempt.forecast
+    assert forecast is not None
+    text = f"first token after {forecast.ttft_s * 1e3:.1f} ms"
+    if attempt.first_token_s is not None:
+        text += f" (came after {(attempt.first_token_s - attempt.placed_s) * 1e3:.1f} ms)"
+    text += f", {forecast.itl_s * 1e3:.1f} ms between tokens, end after {forecast.finish_s * 1e3:.1f} ms"
+    if attempt is trace.attempts[-1] and trace.outcome in ("stop", "length"):
+        text += f" (came after {(trace.elapsed_s - attempt.placed_s) * 1e3:.1f} ms)"
+    cached = [
+        f"{name} has {count} tokens of it"
+        for name, count in (
+            (attempt.prefill_worker, forecast.num_cached_prefill),
+            (attempt.decode_worker, forecast.num_cached_decode),
+        )
+        if count
+    ]
+    return escape("; ".join([text, *dict.fromkeys(cached)]))
 
 
 def bar(start_s: float, end_s: float, total_s: float, width: int) -> str:

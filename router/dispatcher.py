@@ -212,6 +212,7 @@ class Dispatcher:
                 self._start(entry, decision)
                 self._book()
                 continue
+            entry.waits_for = decision.reasons
             if decision.possible:
                 break
             self._queue.strand(entry)
@@ -241,6 +242,7 @@ class Dispatcher:
         entry.placement = placement
         entry.request.advance(RequestState.RUNNING)
         self._ledger.note(entry, LifecycleEvent.PLACED, now_s)
+        entry.waits_for = ()
         self._workers.touch(placement.route)
         self._flow.start(entry, placement)
 

@@ -125,7 +125,8 @@ class Entry:
     `seq` is its place in the queue, kept over retries. Each ticket gets the next `num_attempts`; only failed ones, not
     refused ones, are `num_failures`. `refusals` are the loads of workers that had no room, `refusal` is the reason the
     last one gave; `stayed_s` is when one last refused what was to move there. `placement` is the current attempt's, or
-    the last one's. Tokens streamed so far are `request.output_token_ids`.
+    the last one's; `waits_for` is what stood in the way when it was last looked at in the queue. Tokens streamed so far
+    are `request.output_token_ids`.
     """
 
     request: Request
@@ -138,6 +139,7 @@ class Entry:
     num_failures: int = 0
     failure: Failure | None = None
     placement: Placement | None = None
+    waits_for: tuple[str, ...] = ()
     avoid: set[str] = field(default_factory=set)
     refusals: dict[str, Load] = field(default_factory=dict)
     refusal: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import grpc.aio
@@ -85,6 +86,10 @@ def _attempt_to_wire(attempt: AttemptTrace, start_s: float) -> pb.AttemptTrace:
         num_tokens=attempt.num_tokens,
         outcome=attempt.outcome,
         detail=attempt.detail,
+        policy=attempt.policy,
+        forecast=pb.Forecast(**asdict(attempt.forecast)),
+        first_token_s=None if attempt.first_token_s is None else attempt.first_token_s - start_s,
+        waited_for=attempt.waited_for,
     )
     if attempt.transfer:
         wire.kv_bytes = attempt.transfer.num_bytes

@@ -15,7 +15,7 @@ from core.events import LifecycleEvent
 from core.messages import TransferStats
 from core.ticket import Ticket
 from router.ledger import Entry
-from router.policies.model import Route
+from router.policies.model import Forecast, Placement
 
 MAX_ATTEMPTS = 32
 """Kept of one request; a worker may refuse it any number of times."""
@@ -27,7 +27,7 @@ class AttemptTrace:
     """One placement and what came of it. Each `*_s` is when it happened; None where it did not, or not yet.
 
     `first_token_s` is when the prefill worker's first token came, `decoding_s` when the decode worker's did.
-    `commit_wait_s` and `transfer` are durations that workers told.
+    `commit_wait_s` and `transfer` are durations that workers told. `waited_for` is what stood in the way before.
     """
 
     attempt: int
@@ -36,6 +36,9 @@ class AttemptTrace:
     decode_worker: str
     reasons: tuple[str, ...]
     num_tokens: int
+    policy: str
+    forecast: Forecast
+    waited_for: tuple[str, ...] = ()
     reserved_s: float | None = None
     prefill_sent_s: float | None = None
     first_token_s: float | None = None
@@ -118,7 +121,7 @@ class TraceRecorder:
             case LifecycleEvent.ARRIVED:
                 pass
             case LifecycleEvent.PLACED if entry.placement:
-                self._place(trace, entry, entry.placement.route, entry.placement.reasons, now_s)
+                self._place(trace, entry, entry.placement, now_s)
             case LifecycleEvent.REFUSED:
                 _end_attempt(trace, now_s, "refused", entry.refusal)
             case LifecycleEvent.MOVED:
@@ -155,10 +158,20 @@ class TraceRecorder:
         if len(self._traces) > self._capacity:
             self._traces.popitem(last=False)
 
-    def _place(self, trace: RequestTrace, entry: Entry, route: Route, reasons: tuple[str, ...], now_s: float) -> None:
+    def _place(self, trace: RequestTrace, entry: Entry, placement: Placement, now_s: float) -> None:
         trace.outcome = "running"
-        names = self._name_of(route.prefill), self._name_of(route.decode)
-        trace.attempts.append(AttemptTrace(entry.num_attempts + 1, now_s, *names, reasons, entry.num_tokens))
+        attempt = AttemptTrace(
+            attempt=entry.num_attempts + 1,
+            placed_s=now_s,
+            prefill_worker=self._name_of(placement.route.prefill),
+            decode_worker=self._name_of(placement.route.decode),
+            reasons=placement.reasons,
+            num_tokens=entry.num_tokens,
+            policy=placement.policy,
+            forecast=placement.forecast,
+            waited_for=entry.waits_for,
+        )
+        trace.attempts.append(attempt)
         if len(trace.attempts) > MAX_ATTEMPTS:
             del trace.attempts[1]  # the first and the last tell most
             trace.num_forgotten_attempts += 1

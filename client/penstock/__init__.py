@@ -27,7 +27,7 @@ from penstock.errors import (
     WorkerNotFoundError,
 )
 from penstock.sampling import Sampling
-from penstock.traces import AttemptTrace, RequestTrace, Span
+from penstock.traces import AttemptTrace, Forecast, RequestTrace, Span
 from penstock.types import (
     Delta,
     FinishReason,
@@ -56,6 +56,7 @@ __all__ = [
     "DeadlineExceededError",
     "Delta",
     "FinishReason",
+    "Forecast",
     "Generation",
     "InternalError",
     "InvalidRequestError",

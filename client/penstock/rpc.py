@@ -11,7 +11,7 @@ from google.protobuf.message import Message as WireMessage
 
 from penstock.cluster import ClusterChange, ClusterLoad, Tokens, WorkerLoad
 from penstock.errors import InvalidRequestError
-from penstock.traces import AttemptTrace, RequestTrace, Span
+from penstock.traces import AttemptTrace, Forecast, RequestTrace, Span
 from penstock.types import (
     Delta,
     FinishReason,
@@ -216,9 +216,13 @@ def server_info(wire: pb.GetServerInfoResponse) -> ServerInfo:
 def request_trace(wire: trace_pb2.GetRequestTraceResponse) -> RequestTrace | None:
     if not wire.HasField("trace"):
         return None
-    attempts = tuple(_read(attempt, AttemptTrace) for attempt in wire.trace.attempts)
+    attempts = tuple(_read(attempt, AttemptTrace, forecast=_forecast(attempt)) for attempt in wire.trace.attempts)
     spans = tuple(_read(span, Span) for span in wire.trace.spans)
     return _read(wire.trace, RequestTrace, attempts=attempts, spans=spans)
+
+
+def _forecast(wire: trace_pb2.AttemptTrace) -> Forecast | None:
+    return _read(wire.forecast, Forecast) if wire.HasField("forecast") else None
 
 
 def _read(wire: WireMessage, kind: type[D], **converted: object) -> D:

@@ -22,9 +22,25 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Forecast:
+    """What was predicted when workers were chosen, from then on. Cached tokens are those of the prompt that each of the
+    two was thought to have."""
+
+    ttft_s: float
+    itl_s: float
+    finish_s: float
+    num_cached_prefill: int
+    num_cached_decode: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptTrace:
     """One choice of workers, with its `reasons`, and what came of it: `outcome` is running, refused, failed, or the
-    request's own. `num_tokens` were to be prefilled."""
+    request's own.
+
+    `num_tokens` were to be prefilled. `waited_for` is what stood in the way before, when the request was first in the
+    queue.
+    """
 
     attempt: int
     placed_s: float
@@ -37,6 +53,10 @@ class AttemptTrace:
     kv_bytes: int | None
     transfer_s: float | None
     transfer_exposed_s: float | None
+    policy: str = ""
+    forecast: Forecast | None = None
+    first_token_s: float | None = None
+    waited_for: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

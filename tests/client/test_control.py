@@ -11,6 +11,7 @@ import pytest
 from penstock import (
     AsyncClient,
     AttemptTrace,
+    Forecast,
     ModelDescription,
     ModelNotFoundError,
     PairInfo,
@@ -49,9 +50,11 @@ def test_a_trace_tells_stages_and_choices_of_a_request(sdk: Sdk, server: FakeSer
     wire.spans.add(name="queue", attempt=1, worker="router", end_s=0.5)
     wire.spans.add(name="commit_wait", attempt=1, worker="d0", start_s=0.5, slack_s=0.0)
     wire.attempts.add(attempt=1, prefill_worker="p0", decode_worker="d0", reasons=["a", "b"], num_tokens=3)
+    wire.attempts[0].forecast.ttft_s = 0.5
     server.answers.traces["req-1"] = wire
     spans = (Span("queue", 1, "router", 0.0, 0.5, None), Span("commit_wait", 1, "d0", 0.5, None, 0.0))
-    attempt = AttemptTrace(1, 0.0, "p0", "d0", ("a", "b"), 3, "", "", None, None, None)
+    forecast = Forecast(0.5, 0.0, 0.0, 0, 0)
+    attempt = AttemptTrace(1, 0.0, "p0", "d0", ("a", "b"), 3, "", "", None, None, None, forecast=forecast)
     expected = RequestTrace("req-1", 0.0, 2.0, "running", "", 3, 0, 0.0, 0.0, (attempt,), 0, spans)
     assert sdk.call("request_trace", "req-1") == expected
     assert sdk.call("request_trace", "req-2") is None

@@ -5,18 +5,24 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from cluster.cli import main
 from cluster.timeline import bar, print_reasons, print_timeline
-from penstock import AttemptTrace, RequestTrace, Span
+from penstock import AttemptTrace, Forecast, RequestTrace, Span
 from penstock.v1 import trace_pb2
 from tests.client.fake_server import FakeServer
 
-LOST = AttemptTrace(1, 0.1, "p0", "d0", ("disaggregated",), 7, "failed", "session_lost: gone", None, None, None)
-DONE = AttemptTrace(2, 0.3, "p1", "d0", ("local", "short"), 9, "stop", "", 2**20, 0.5, 0.125)
+GONE = "session_lost: gone"
+LOST = AttemptTrace(1, 0.1, "p0", "d0", ("disaggregated",), 7, "failed", GONE, None, None, None, "least_loaded")
+FORECAST = Forecast(ttft_s=0.25, itl_s=0.01, finish_s=0.5, num_cached_prefill=0, num_cached_decode=16)
+DONE = AttemptTrace(
+    *(2, 0.3, "p1", "d0", ("local", "short"), 9, "stop", "", 2**20, 0.5, 0.125, "prefix_aware", FORECAST, 0.7),
+    waited_for=("no_decode_blocks",),
+)
 SPANS = (
     Span("queue", 1, "router", 0.0, 0.1, None),
     Span("prefill", 1, "p0", 0.1, 0.2, None),
@@ -31,7 +37,7 @@ def trace(attempts: tuple[AttemptTrace, ...] = (LOST, DONE), spans: tuple[Span, 
 
 def shown(kind: str, of: RequestTrace) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=120, highlight=False)
+    console = Console(file=out, width=160, highlight=False)
     (print_timeline if kind == "timeline" else print_reasons)(of, console)
     return out.getvalue()
 
@@ -86,8 +92,17 @@ def test_a_timeline_ends_with_what_a_bar_can_not_say() -> None:
 def test_each_choice_is_explained() -> None:
     text = shown("reasons", trace())
     assert "attempt 1, at 100.0 ms: 7 tokens to p0 → d0" in text
-    assert "because   local, short" in text
+    assert "policy    least_loaded: read by one worker, written by another (disaggregated)" in text
+    assert "policy    prefix_aware: read and written by one worker (local); short" in text
+    assert "waited    as no decode worker had blocks for it (no_decode_blocks)" in text
     assert "it was    failed: session_lost: gone" in text
+
+
+def test_what_was_foreseen_stands_beside_what_came() -> None:
+    text = shown("reasons", replace(trace(), outcome="stop"))
+    assert "foreseen  first token after 250.0 ms (came after 400.0 ms), 10.0 ms between tokens" in text
+    assert "end after 500.0 ms (came after 700.0 ms); d0 has 16 tokens of it" in text
+    assert "end after 500.0 ms; d0 has" in shown("reasons", trace())
 
 
 def test_a_request_that_waits_for_workers_says_so() -> None:

@@ -149,6 +149,12 @@ async def test_where_the_time_of_a_request_went_is_told_at_both_doors(workers: t
     assert [span.name for span in trace.spans] == [*stages, "first_decode_step", "decode"]
     assert trace.spans[-1].end_s == trace.elapsed_s > 0
     assert trace.attempts[0].reasons == ("disaggregated", "least_loaded")
+    attempt = trace.attempts[0]
+    assert attempt.policy == "least_loaded"
+    assert attempt.forecast is not None
+    assert attempt.forecast.finish_s > attempt.forecast.ttft_s > 0
+    assert attempt.first_token_s is not None
+    assert attempt.placed_s < attempt.first_token_s < trace.elapsed_s
     assert told["spans"][1]["worker"] == told["attempts"][0]["decode_worker"] == "decode-0"
     pair = '{decode_worker="decode-0",prefill_worker="prefill-0"}'
     assert f"penstock_kv_transfer_bytes_total{pair} 100.0" in metrics

@@ -157,6 +157,15 @@ def test_between_two_attempts_a_request_waits(story: Story) -> None:
     assert (second.outcome, second.reasons) == ("running", ("disaggregated", "least_loaded"))
 
 
+def test_a_choice_is_kept_with_what_it_was_made_by_and_what_stood_in_its_way(story: Story) -> None:
+    story.entry.waits_for = ("no_decode_blocks",)
+    story.place(101.0)
+    story.entry.waits_for = ()
+    (attempt,) = story.trace.attempts
+    assert (attempt.policy, attempt.forecast) == (PAIR.policy, PAIR.forecast)
+    assert attempt.waited_for == ("no_decode_blocks",)
+
+
 def test_figures_go_to_the_attempt_they_are_of(story: Story) -> None:
     story.place(101.0)
     story.fail(102.0, "pair_down")

@@ -126,6 +126,10 @@ class AttemptTrace(google.protobuf.message.Message):
     KV_BYTES_FIELD_NUMBER: builtins.int
     TRANSFER_S_FIELD_NUMBER: builtins.int
     TRANSFER_EXPOSED_S_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    FORECAST_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_S_FIELD_NUMBER: builtins.int
+    WAITED_FOR_FIELD_NUMBER: builtins.int
     attempt: builtins.int
     placed_s: builtins.float
     prefill_worker: builtins.str
@@ -139,9 +143,20 @@ class AttemptTrace(google.protobuf.message.Message):
     kv_bytes: builtins.int
     transfer_s: builtins.float
     transfer_exposed_s: builtins.float
+    policy: builtins.str
+    first_token_s: builtins.float
+    """of this attempt"""
     @property
     def reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """of the choice, machine-readable"""
+
+    @property
+    def forecast(self) -> Global___Forecast:
+        """what the choice was made by"""
+
+    @property
+    def waited_for(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """what stood in the way before, when it was first in the queue"""
 
     def __init__(
         self,
@@ -157,9 +172,15 @@ class AttemptTrace(google.protobuf.message.Message):
         kv_bytes: builtins.int | None = ...,
         transfer_s: builtins.float | None = ...,
         transfer_exposed_s: builtins.float | None = ...,
+        policy: builtins.str = ...,
+        forecast: Global___Forecast | None = ...,
+        first_token_s: builtins.float | None = ...,
+        waited_for: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_kv_bytes", b"_kv_bytes", "_transfer_exposed_s", b"_transfer_exposed_s", "_transfer_s", b"_transfer_s", "kv_bytes", b"kv_bytes", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_kv_bytes", b"_kv_bytes", "_transfer_exposed_s", b"_transfer_exposed_s", "_transfer_s", b"_transfer_s", "attempt", b"attempt", "decode_worker", b"decode_worker", "detail", b"detail", "kv_bytes", b"kv_bytes", "num_tokens", b"num_tokens", "outcome", b"outcome", "placed_s", b"placed_s", "prefill_worker", b"prefill_worker", "reasons", b"reasons", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_first_token_s", b"_first_token_s", "_kv_bytes", b"_kv_bytes", "_transfer_exposed_s", b"_transfer_exposed_s", "_transfer_s", b"_transfer_s", "first_token_s", b"first_token_s", "forecast", b"forecast", "kv_bytes", b"kv_bytes", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_first_token_s", b"_first_token_s", "_kv_bytes", b"_kv_bytes", "_transfer_exposed_s", b"_transfer_exposed_s", "_transfer_s", b"_transfer_s", "attempt", b"attempt", "decode_worker", b"decode_worker", "detail", b"detail", "first_token_s", b"first_token_s", "forecast", b"forecast", "kv_bytes", b"kv_bytes", "num_tokens", b"num_tokens", "outcome", b"outcome", "placed_s", b"placed_s", "policy", b"policy", "prefill_worker", b"prefill_worker", "reasons", b"reasons", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s", "waited_for", b"waited_for"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_first_token_s", b"_first_token_s"]) -> typing.Literal["first_token_s"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_kv_bytes", b"_kv_bytes"]) -> typing.Literal["kv_bytes"] | None: ...
     @typing.overload
@@ -168,6 +189,36 @@ class AttemptTrace(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_transfer_s", b"_transfer_s"]) -> typing.Literal["transfer_s"] | None: ...
 
 Global___AttemptTrace: typing_extensions.TypeAlias = AttemptTrace
+
+@typing.final
+class Forecast(google.protobuf.message.Message):
+    """What was predicted when workers were chosen, from then on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TTFT_S_FIELD_NUMBER: builtins.int
+    ITL_S_FIELD_NUMBER: builtins.int
+    FINISH_S_FIELD_NUMBER: builtins.int
+    NUM_CACHED_PREFILL_FIELD_NUMBER: builtins.int
+    NUM_CACHED_DECODE_FIELD_NUMBER: builtins.int
+    ttft_s: builtins.float
+    itl_s: builtins.float
+    finish_s: builtins.float
+    num_cached_prefill: builtins.int
+    """prompt tokens that the prefill worker was thought to have"""
+    num_cached_decode: builtins.int
+    def __init__(
+        self,
+        *,
+        ttft_s: builtins.float = ...,
+        itl_s: builtins.float = ...,
+        finish_s: builtins.float = ...,
+        num_cached_prefill: builtins.int = ...,
+        num_cached_decode: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_s", b"finish_s", "itl_s", b"itl_s", "num_cached_decode", b"num_cached_decode", "num_cached_prefill", b"num_cached_prefill", "ttft_s", b"ttft_s"]) -> None: ...
+
+Global___Forecast: typing_extensions.TypeAlias = Forecast
 
 @typing.final
 class Span(google.protobuf.message.Message):
