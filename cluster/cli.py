@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,8 @@ import tyro
 
 from benchmarks.serve.options import BenchCompare, BenchServe
 from cluster.config import ClusterConfig, load_config
+from cluster.connection import Connection
+from cluster.keys import KeysAdd
 from core.errors import ConfigError, PenstockError
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -57,6 +60,7 @@ class Generate:
     """The text to go on with, or the user's message with --chat."""
     target: str = DEFAULT_TARGET
     """host:port of the router's gRPC."""
+    connection: Annotated[Connection, tyro.conf.arg(name="")] = field(default_factory=Connection)
     chat: bool = False
     """Send the prompt as a message, through the model's chat template."""
     max_tokens: int | None = None
@@ -87,6 +91,7 @@ class Status:
 
     target: str = DEFAULT_TARGET
     """host:port of the router's gRPC."""
+    connection: Annotated[Connection, tyro.conf.arg(name="")] = field(default_factory=Connection)
     json: bool = False
 
 
@@ -98,6 +103,7 @@ class Trace:
     """As `generate --json` prints it, or the id of an answer of the OpenAI API."""
     target: str = DEFAULT_TARGET
     """host:port of the router's gRPC."""
+    connection: Annotated[Connection, tyro.conf.arg(name="")] = field(default_factory=Connection)
     json: bool = False
 
 
@@ -109,6 +115,7 @@ class Explain:
     """As `generate --json` prints it, or the id of an answer of the OpenAI API."""
     target: str = DEFAULT_TARGET
     """host:port of the router's gRPC."""
+    connection: Annotated[Connection, tyro.conf.arg(name="")] = field(default_factory=Connection)
     json: bool = False
 
 
@@ -157,6 +164,7 @@ BENCHES: dict[str, type[BenchEngine | BenchServe | BenchCompare]] = {
     "serve": BenchServe,
     "compare": BenchCompare,
 }
+KEYS: dict[str, Callable[..., KeysAdd]] = {"add": KeysAdd}
 BenchCommand = BenchEngine | BenchServe | BenchCompare
 Subcommand = Demo | Serve | Generate | Status | Trace | Explain | Bench
 Command = (
@@ -181,17 +189,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def parse(arguments: list[str]) -> Subcommand | BenchCommand:
+def parse(arguments: list[str]) -> Subcommand | BenchCommand | KeysAdd:
     """The command with its values; exits with usage where flags are wrong. Raises ConfigError."""
     if arguments[:1] == ["bench"] and (kind := BENCHES.get("".join(arguments[1:2]))):
         return tyro.cli(kind, args=arguments[2:], prog=f"penstock bench {arguments[1]}")
+    if arguments[:1] == ["keys"]:
+        command: KeysAdd = tyro.extras.subcommand_cli_from_dict(KEYS, args=arguments[1:], prog="penstock keys")
+        return command
     if arguments[:1] == ["serve"] and (config := _config_flag(arguments)):
         default = Serve(load_config(config), config=config)
         return tyro.cli(Serve, args=arguments[1:], default=default, prog="penstock serve")
     return tyro.cli(Command, args=arguments, prog="penstock")
 
 
-def run(command: Subcommand | BenchCommand) -> int:
+def run(command: Subcommand | BenchCommand | KeysAdd) -> int:
     """Import what the command needs and nothing else: `status` loads neither Ray nor torch."""
     match command:
         case Demo():
@@ -202,6 +213,10 @@ def run(command: Subcommand | BenchCommand) -> int:
             from cluster.serve import serve
 
             return serve(command)
+        case KeysAdd():
+            from cluster import keys
+
+            return keys.add(command)
         case BenchEngine():
             from benchmarks import engine
 

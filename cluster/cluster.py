@@ -18,6 +18,7 @@ from cluster.spec import Endpoints, RouterSpec, WorkerSpec
 from core.errors import UnavailableError
 from core.messages import WorkerRole
 from engine.model_config import ModelConfig
+from router.access.config import from_environment
 from router.config import RouterConfig
 
 SERVICE = "penstock.v1.Inference"
@@ -55,7 +56,12 @@ class Cluster:
         self.launcher = self._given or _launcher(config)
         try:
             router = RouterSpec(
-                config.model.resolve(), config.model_name, config.engine.max_model_len, self._router(), config.log_level
+                config.model.resolve(),
+                config.model_name,
+                config.engine.max_model_len,
+                self._router(),
+                config.log_level,
+                from_environment(config.security, os.environ),
             )
             self.endpoints = self.launcher.start(router, worker_specs(self.config), deadline - time.monotonic())
             self._wait_until_serving(deadline)
@@ -75,7 +81,7 @@ class Cluster:
         """Follow the router's health until it serves; between, ask the launcher whether it ever will."""
         while time.monotonic() < deadline:
             timeout_s = min(FAILURE_CHECK_S, deadline - time.monotonic())
-            with grpc.insecure_channel(self.endpoints.grpc) as channel:
+            with grpc.insecure_channel(self.endpoints.registry) as channel:
                 stub: Any = health_pb2_grpc.HealthStub(channel)  # its published types know no Watch
                 try:
                     request = health_pb2.HealthCheckRequest(service=SERVICE)

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from core.errors import ConfigError, did_you_mean
 from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
+from router.access.config import SecurityConfig
 from router.config import RouterConfig
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class ClusterConfig:
     engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    security: Annotated[SecurityConfig, tyro.conf.arg(name="")] = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         for name in ("startup_timeout_s", "drain_timeout_s"):

@@ -63,8 +63,10 @@ class SubprocessLauncher:
     def start(self, router: RouterSpec, workers: Sequence[WorkerSpec], deadline_s: float) -> Endpoints:
         child = self._children["router"] = _Child("router", self._command("router"), to_json(router))
         endpoints = child.endpoints(deadline_s)
-        ports = [int(address.rpartition(":")[2]) for address in (endpoints.grpc, endpoints.http)]
-        fixed = replace(router.config, grpc_port=ports[0], http_port=ports[1])  # where workers and clients look for it
+        grpc, http, registry = (
+            int(address.rpartition(":")[2]) for address in (endpoints.grpc, endpoints.http, endpoints.registry)
+        )  # where workers and clients look for it
+        fixed = replace(router.config, grpc_port=grpc, http_port=http, registry_port=registry)
         child.spec = to_json(replace(router, config=fixed))
         self._endpoints = endpoints
         for worker in workers:
@@ -74,7 +76,7 @@ class SubprocessLauncher:
     def start_worker(self, spec: WorkerSpec) -> None:
         if self._endpoints is None:
             raise UnavailableError("start the router before its workers")
-        command = self._command("worker", self._endpoints.grpc)
+        command = self._command("worker", self._endpoints.registry)
         self._children[spec.worker_id] = _Child(spec.worker_id, command, to_json(spec))
 
     def stop_worker(self, worker_id: str, drain_timeout_s: float) -> None:

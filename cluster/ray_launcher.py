@@ -68,7 +68,7 @@ class WorkerActor:
                 endpoints: str = ray.get(router.endpoints.remote(), timeout=CALL_TIMEOUT_S)
             except (RayError, ValueError) as error:  # ValueError: no actor of that name
                 raise ConnectionError(f"the router's actor does not answer: {error}") from error
-            return from_json(Endpoints, endpoints).grpc
+            return from_json(Endpoints, endpoints).registry
 
         worker = from_json(WorkerSpec, spec)
         self._worker = WorkerProcess(replace(worker, host=worker.host or _node_address()), router_address)

@@ -41,7 +41,7 @@ def generate(command: Generate) -> int:
     source: dict[str, Any] = (
         {"messages": [{"role": "user", "content": command.prompt}]} if command.chat else {"prompt": command.prompt}
     )
-    with Client(command.target) as client:
+    with command.connection.client(command.target) as client:
         generation = client.generate(
             **source,
             max_tokens=command.max_tokens,
@@ -84,7 +84,7 @@ def generate(command: Generate) -> int:
 
 def status(command: Status) -> int:
     """0 where at least one pair or mixed worker can serve, else 1."""
-    with Client(command.target) as client:
+    with command.connection.client(command.target) as client:
         info = client.server_info()
     if command.json:
         print(json.dumps(asdict(info)))
@@ -124,7 +124,7 @@ def request_trace(command: Trace | Explain) -> int:
     from cluster import timeline
     from cluster.cli import Trace
 
-    with Client(command.target) as client:
+    with command.connection.client(command.target) as client:
         trace = client.request_trace(command.request_id)
     if trace is None:
         message = f"request_id: got {command.request_id!r}, which this router never had, or has forgotten"

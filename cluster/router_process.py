@@ -9,7 +9,7 @@ import threading
 
 from cluster.spec import Endpoints, RouterSpec
 from engine.model_config import model_info
-from router.app import RouterApp
+from router.app import RouterApp, url_host
 from telemetry.logs import configure_logging
 from text.tokenizer import Tokenizer
 
@@ -37,14 +37,17 @@ class RouterProcess:
         configure_logging(sys.stderr, level=self._spec.log_level)
         spec = self._spec
         model = model_info(spec.model, spec.model_name, spec.max_model_len)
-        self._app = RouterApp(spec.config, model=model, tokenizer=Tokenizer.from_folder(spec.model))
+        self._app = RouterApp(
+            spec.config, model=model, tokenizer=Tokenizer.from_folder(spec.model), security=spec.security
+        )
         threading.Thread(target=self._run_loop, name="router", daemon=True).start()
         asyncio.run_coroutine_threadsafe(self._app.start(), self._loop).result(START_TIMEOUT_S)
         asyncio.run_coroutine_threadsafe(self._serve(), self._loop)
-        grpc, http = self._app.grpc_address, self._app.http_address
+        addresses = self._app.grpc_address, self._app.http_address, self._app.registry_address
         if spec.config.host in WILDCARDS:
-            grpc, http = (address.replace(spec.config.host, self._node_host, 1) for address in (grpc, http))
-        return Endpoints(grpc, http)
+            host = url_host(spec.config.host)
+            return Endpoints(*(address.replace(host, url_host(self._node_host), 1) for address in addresses))
+        return Endpoints(*addresses)
 
     def drain(self) -> None:
         """Refuse what is new, let what runs end within a grace, then end. Returns at once."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.messages import WorkerRole
 from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
+from router.access.config import SecurityConfig
 from router.config import RouterConfig
 
 
@@ -18,6 +19,7 @@ class RouterSpec:
     max_model_len: int | None
     config: RouterConfig
     log_level: str
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,11 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where a router answers, as `host:port`."""
+    """Where a router answers, as `host:port`; `registry` is where workers register."""
 
     grpc: str
     http: str
+    registry: str
 
 
 @dataclass(frozen=True, slots=True)

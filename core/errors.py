@@ -12,6 +12,7 @@ class ErrorCode(Enum):
 
     INVALID_ARGUMENT = ("INVALID_ARGUMENT", 400, "invalid_request_error")
     UNAUTHENTICATED = ("UNAUTHENTICATED", 401, "authentication_error")
+    FORBIDDEN = ("PERMISSION_DENIED", 403, "permission_error")
     NOT_FOUND = ("NOT_FOUND", 404, "not_found_error")
     OVERLOADED = ("RESOURCE_EXHAUSTED", 429, "rate_limit_error")
     CANCELLED = ("CANCELLED", 499, "request_cancelled")
@@ -43,6 +44,18 @@ class InvalidRequestError(PenstockError):
     def __init__(self, field: str, value: object, fix: str) -> None:
         self.field, self.value, self.fix = field, value, fix
         super().__init__(f"{field}: got {shorten(value)}, {fix}")
+
+
+class UnauthenticatedError(PenstockError):
+    """Nobody has said who asks, or somebody nobody knows."""
+
+    code = ErrorCode.UNAUTHENTICATED
+
+
+class ForbiddenError(PenstockError):
+    """It is known who asks, and that they may not."""
+
+    code = ErrorCode.FORBIDDEN
 
 
 class UnknownModelError(PenstockError):

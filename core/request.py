@@ -64,7 +64,7 @@ class Request:
     prefixes with requests that have another; `block_hashes` names its first full blocks, as far as somebody wanted to
     know. `prompt_logprobs` are those of the prompt's tokens from the second on, where they are asked for.
     `kv_wire_dtype` is the router's, for its tickets; `priority` (lower goes first) and `user` (whom the client asks
-    for) are for its queue, `traceparent` for logs.
+    for) are for its queue, as is `tenant` (whose API key it came with), `traceparent` is for logs.
     """
 
     request_id: str
@@ -80,6 +80,7 @@ class Request:
     priority: int = 0
     user: str = ""
     traceparent: str = ""
+    tenant: str = ""
     num_cached_tokens: int | None = None
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

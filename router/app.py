@@ -17,6 +17,10 @@ from core.clock import Clock
 from core.errors import ConfigError, PenstockError
 from core.model_info import ModelInfo
 from router import health
+from router.access.access import Access
+from router.access.config import SecurityConfig
+from router.access.guards import GrpcGuard, HttpGuard
+from router.access.tls import grpc_credentials
 from router.admin_service import ADMIN, AdminService, add_admin
 from router.cluster_watch import ClusterWatch
 from router.config import RouterConfig
@@ -34,6 +38,7 @@ from router.rpc_traces import SERVICE as TRACES
 from router.rpc_traces import TraceService
 from router.traces import TraceRecorder
 from router.validation import Validator
+from router.worker_door import WorkerDoor
 from router.workers import Workers
 from telemetry.metrics import Metrics
 from text.tokenizer import Tokenizer
@@ -63,12 +68,15 @@ class RouterApp:
         *,
         model: ModelInfo,
         tokenizer: Tokenizer,
+        security: SecurityConfig | None = None,
         router_id: str = "router",
         clock: Clock = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         draw_bits: Callable[[int], int] = secrets.randbits,
     ) -> None:
         self._config = config
+        self._security = security or SecurityConfig()
+        self._access = Access(self._security, clock)
         self._model = model
         self._tokenizer = tokenizer
         self._clock, self._wall_clock, self._draw_bits = clock, wall_clock, draw_bits
@@ -109,7 +117,9 @@ class RouterApp:
         )
         self._grpc: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
+        self._worker_door: WorkerDoor | None = None
         self.grpc_address = ""
+        self.registry_address = ""
         self.http_address = ""
 
     async def start(self) -> None:
@@ -117,6 +127,7 @@ class RouterApp:
         try:
             self._http = self._bind_http()
             self._grpc = await self._start_grpc()
+            await self._start_worker_door()
             await self._http.start()
         except BaseException:
             await self.stop(0.0)
@@ -129,6 +140,7 @@ class RouterApp:
         self._watch.stop()
         await asyncio.gather(
             *([self._grpc.stop(grace_s)] if self._grpc else []),
+            *([self._worker_door.stop(grace_s)] if self._worker_door else []),
             *([self._http.stop(grace_s)] if self._http else []),
         )
         self.dispatcher.close()
@@ -151,10 +163,11 @@ class RouterApp:
             ),
             allowed_origins=self._config.allowed_origins,
         )
-        return HttpServer(api.app(), self._config.host, self._config.http_port)
+        app = HttpGuard(api.app(), self._access)
+        return HttpServer(app, self._config.host, self._config.http_port, self._security)
 
     async def _start_grpc(self) -> grpc.aio.Server:
-        server = grpc.aio.server(options=GRPC_OPTIONS)
+        server = grpc.aio.server(interceptors=[GrpcGuard(self._access)], options=GRPC_OPTIONS)
         service = InferenceService(
             model=self._model,
             tokenizer=self._tokenizer,
@@ -166,20 +179,29 @@ class RouterApp:
             version=self._version,
         )
         add_to_server(service, server)
-        RegistryService(self.workers).add_to(server)
+        if not self._security.has_tls:
+            RegistryService(self.workers).add_to(server)
         self._traces.add_to(server)
         add_admin(AdminService(self.workers), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, REGISTRY, TRACES, ADMIN, health.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         host, wanted = self._config.host, self._config.grpc_port
+        address, credentials = join_address(host, wanted), grpc_credentials(self._security)
         try:
-            port = server.add_insecure_port(join_address(host, wanted))
+            port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError("router.grpc_port", wanted, f"can't be listened on at {host}: {error}") from error
         await server.start()
         self.grpc_address = join_address(host, port)
         return server
+
+    async def _start_worker_door(self) -> None:
+        self.registry_address = self.grpc_address
+        if self._security.has_tls:  # workers have neither the clients' certificates nor their keys
+            self._worker_door = WorkerDoor(RegistryService(self.workers), self._health)
+            await self._worker_door.start(url_host(self._config.host), self._config.registry_port)
+            self.registry_address = self._worker_door.address
 
     def _on_cluster_change(self) -> None:
         self._health.on_change()
@@ -190,4 +212,9 @@ class RouterApp:
 
 
 def join_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{url_host(host)}:{port}"
+
+
+def url_host(host: str) -> str:
+    """An IPv6 address in brackets, everything else as it is."""
+    return f"[{host}]" if ":" in host else host

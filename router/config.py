@@ -162,6 +162,8 @@ class RouterConfig:
     """gRPC: Inference for clients, Registry for workers."""
     http_port: int = 8000
     """HTTP: the OpenAI API, /health and /metrics."""
+    registry_port: int = 0
+    """gRPC: Registry for workers, where clients must speak TLS and so have a port of their own."""
     kv_wire_dtype: WireDtype = "auto"
     """How K and V travel for requests that don't say: auto as the cache holds them, int8 rounded. Not exact."""
     max_request_traces: int = 1024
@@ -175,7 +177,7 @@ class RouterConfig:
     sessions: SessionConfig = field(default_factory=SessionConfig)
 
     def __post_init__(self) -> None:
-        for name in ("grpc_port", "http_port"):
+        for name in ("grpc_port", "http_port", "registry_port"):
             if not 0 <= getattr(self, name) < 65536:
                 raise ConfigError(f"router.{name}", getattr(self, name), "must be a port, or 0 for a free one")
         if self.max_request_traces < 1:

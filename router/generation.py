@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from core.errors import PenstockError
 from core.logprobs import TokenLogprobs
 from core.request import FinishReason
 from core.stats import RequestStats
+from router.access.access import CALLER, Caller
 from router.stream import RequestDispatcher, RequestStream, TokenDelta
 from router.validation import GenerateInput, Prompt, Validator, ValidRequest
 from text.chat_template import Chat
@@ -58,11 +60,20 @@ class Generation:
     workers let go of it. Iterating raises a `PenstockError` where the request fails.
     """
 
-    def __init__(self, valid: ValidRequest, model: str, tokenizer: Tokenizer, stream: RequestStream) -> None:
+    def __init__(
+        self,
+        valid: ValidRequest,
+        model: str,
+        tokenizer: Tokenizer,
+        stream: RequestStream,
+        caller: Caller | None = None,
+    ) -> None:
+        """Output tokens go off the caller's quota as they come."""
         request = valid.request
         self.started = Started(request.request_id, model, request.sampling.seed, request.num_prompt_tokens)
         self._sampling = request.sampling
         self._stream = stream
+        self.caller = caller
         self._detokenizer = tokenizer.detokenizer(
             request.prompt_token_ids, skip_special_tokens=valid.skip_special_tokens
         )
@@ -94,6 +105,8 @@ class Generation:
     def _read(self, delta: TokenDelta) -> TextDelta:
         """Text of a delta. Of the tokens after a stop string nothing is told: they were drawn in vain."""
         text = ""
+        if self.caller:
+            self.caller.spend(len(delta.token_ids))
         for num_read, token_id in enumerate(delta.token_ids, start=1):
             self._num_output_tokens += 1
             shown, stopped = self._read_token(token_id)
@@ -148,6 +161,7 @@ class Generator:
         self._tokenizer = tokenizer
         self._executor = executor
         self._on_refusal = on_refusal
+        self._owned: WeakValueDictionary[str, Generation] = WeakValueDictionary()
 
     async def prepare(self, wanted: GenerateInput) -> ValidRequest:
         """Validates and tokenizes; nothing is queued yet. `InvalidRequestError`, `UnknownModelError`."""
@@ -174,10 +188,20 @@ class Generator:
             ]
 
     def start(self, valid: ValidRequest) -> Generation:
-        """Queues it. `OverloadedError` where there is no room."""
+        """Queues it. `OverloadedError` where there is no room, or the caller's quota is used up."""
+        caller = CALLER.get()
+        if caller is None:
+            with self._noting_refusals():
+                stream = self._dispatcher.submit(valid.request, timeout_s=valid.timeout_s)
+            return Generation(valid, self._model, self._tokenizer, stream)
+        valid.request.tenant, num_tokens = caller.tenant, valid.request.num_tokens
         with self._noting_refusals():
+            caller.check_tokens(num_tokens)
             stream = self._dispatcher.submit(valid.request, timeout_s=valid.timeout_s)
-        return Generation(valid, self._model, self._tokenizer, stream)
+        caller.spend(num_tokens)
+        generation = Generation(valid, self._model, self._tokenizer, stream, caller)
+        self._owned[valid.request.request_id] = generation
+        return generation
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool | None = None) -> list[int]:
         """As `Validator.tokenize`, without stalling other requests."""
@@ -219,7 +243,12 @@ class Generator:
         return self._tokenizer.token_text(token_id)
 
     def cancel(self, request_id: str) -> bool:
-        """False where no request of this id is running."""
+        """False where no request of this id is running; others' requests are none for a caller who is no admin."""
+        caller = CALLER.get()
+        if caller is not None and not caller.record.admin:
+            generation = self._owned.get(request_id)
+            if generation is None or generation.caller is None or generation.caller.tenant != caller.tenant:
+                return False
         return self._dispatcher.cancel(request_id)
 
 

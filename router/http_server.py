@@ -11,6 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from core.errors import ConfigError
+from router.access.config import SecurityConfig
 
 KEEP_ALIVE_S = 60
 MIN_GRACE_S = 0.1
@@ -20,7 +21,8 @@ MIN_GRACE_S = 0.1
 class HttpServer:
     """Bound when made, serving from `start` to `stop`. `ConfigError` where the address can't be had."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, security: SecurityConfig | None = None) -> None:
+        security = security or SecurityConfig()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -38,7 +40,12 @@ class HttpServer:
             server_header=False,
             ws="none",
             timeout_keep_alive=KEEP_ALIVE_S,
+            ssl_keyfile=security.ssl_keyfile,
+            ssl_certfile=security.ssl_certfile,
+            ssl_ca_certs=str(security.ssl_ca_certs) if security.ssl_ca_certs else None,
+            ssl_cert_reqs=security.ssl_cert_reqs,
         )
+        _load_certificates(config)
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
 
@@ -59,6 +66,14 @@ class HttpServer:
         await asyncio.gather(self._serving, return_exceptions=True)
         self._serving = None
         self._socket.close()  # only now: the loop must not be listening on it any more
+
+
+def _load_certificates(config: uvicorn.Config) -> None:
+    """Here and not when it is too late to say what is wrong."""
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError("security.ssl_certfile", config.ssl_certfile, f"can't be used: {error}") from error
 
 
 class _Server(uvicorn.Server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from abc import ABC, abstractmethod
@@ -11,6 +12,7 @@ from typing import Any, Generic, TypeVar, Unpack
 
 import grpc
 
+from penstock.access import authorization, tls_credentials
 from penstock.batch import BatchProgress
 from penstock.errors import InvalidRequestError, PenstockError
 from penstock.progress import Progress
@@ -92,7 +94,12 @@ class ClientBase(ABC, Generic[G_co, B_co]):
         max_retries: how often a generation is tried again that was refused (`OverloadedError`) or found no server
             (`UnavailableError`) before any of it had come. Nothing else is ever tried again.
         wait_for_ready: wait for a server that is not up yet, within the timeout, instead of failing at once.
-        credentials: for TLS; by default the connection is not encrypted.
+        api_key: sent with every call; by default the environment's PENSTOCK_API_KEY, where that is set.
+        ssl_ca_certs: path of the certificates that the server's own must be signed by, PEM. Turns TLS on, which by
+            default is off: who listens on the way then reads the key and all else.
+        ssl_certfile, ssl_keyfile: paths of a certificate of this client and its private key, PEM, where the server asks
+            for them (mutual TLS).
+        credentials: for TLS by other means, such as `grpc.ssl_channel_credentials()` for the public authorities.
         metadata: sent with every call, such as `[("authorization", "Bearer ...")]`.
         keepalive_s: a connection that is silent this long during a call is probed; `math.inf` never probes.
         max_message_bytes: limit of one message, either way.
@@ -106,6 +113,10 @@ class ClientBase(ABC, Generic[G_co, B_co]):
         timeout_s: float = 600.0,
         max_retries: int = 2,
         wait_for_ready: bool = False,
+        api_key: str | None = None,
+        ssl_ca_certs: str | os.PathLike[str] | None = None,
+        ssl_certfile: str | os.PathLike[str] | None = None,
+        ssl_keyfile: str | os.PathLike[str] | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         keepalive_s: float = 30.0,
@@ -118,8 +129,8 @@ class ClientBase(ABC, Generic[G_co, B_co]):
         self.timeout_s = _checked_timeout_s(timeout_s)
         self._retry = RetryPolicy(max_retries, random=random)
         self._wait_for_ready = wait_for_ready
-        self._credentials = credentials
-        self._metadata = tuple(metadata)
+        self._credentials = credentials or tls_credentials(ssl_ca_certs, ssl_certfile, ssl_keyfile)
+        self._metadata = (*metadata, *authorization(api_key, metadata))
         self._options = _channel_options(keepalive_s, max_message_bytes)
         self._sleep = sleep
         self._clock = clock
