@@ -17,6 +17,7 @@ from cluster.config import ClusterConfig, PoolConfig
 from core.errors import ConfigError
 from engine.config import EngineConfig
 from penstock.v1 import inference_pb2 as pb
+from router.access.keys import read_file
 from router.config import DispatchConfig, RouterConfig
 from tests.client.fake_server import FakeServer, delta, finished, refuses, says, started, streams
 
@@ -306,3 +307,15 @@ def test_the_installed_command_is_this_one() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith(f"penstock: {NOBODY} is unavailable: ")
+
+
+def test_a_key_is_made_once_and_its_hash_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys"
+    arguments = ["keys", "add", "team-a", "--file", str(path), "--tokens-per-minute", "90", "--json"]
+    assert main(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    (record,) = read_file(path)
+    assert record.matches(told["key"])
+    assert (record.id, record.tokens_per_minute, record.admin) == ("team-a", 90, False)
+    assert main(arguments) == 2
+    assert "id: got 'team-a', is in" in capsys.readouterr().err

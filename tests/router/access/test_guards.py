@@ -190,7 +190,7 @@ async def test_with_a_certificate_both_doors_speak_tls_alone(
             with pytest.raises(httpx.TransportError):
                 await web.get("/health")
         async with grpc.aio.insecure_channel(app.registry_address) as channel:
-            registry = channel.unary_unary("/penstock.v1.Inference/GetServerInfo")
+            registry: Any = channel.unary_unary("/penstock.v1.Inference/GetServerInfo")
             with pytest.raises(grpc.aio.AioRpcError) as refusal:
                 await registry(b"", timeout=WAIT_S)
             assert refusal.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,7 +25,7 @@ def line(**values: object) -> str:
     return json.dumps({"id": "a", "salt": SALT, "sha256": HASH, **values})
 
 
-def make_file(folder: Path, *ids: str, **limits: float) -> tuple[Path, list[str]]:
+def make_file(folder: Path, *ids: str, **limits: Any) -> tuple[Path, list[str]]:
     path, keys = folder / "keys.jsonl", []
     for key_id in ids:
         key, record = new_key(key_id, **limits)
@@ -52,7 +53,7 @@ def test_the_file_has_no_key_in_it_and_is_for_its_owner_alone(tmp_path: Path) ->
 def test_a_second_key_of_one_id_is_refused_and_the_file_stays(tmp_path: Path) -> None:
     path, _ = make_file(tmp_path, "team-a")
     before = path.read_text()
-    with pytest.raises(ConfigError, match="id: got 'team-a', is in .* already"):
+    with pytest.raises(ConfigError, match=r"id: got 'team-a', is in .* already"):
         make_file(tmp_path, "team-a")
     assert path.read_text() == before
 
