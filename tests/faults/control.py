@@ -26,7 +26,8 @@ from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
 from penstock import Client, ServerInfo, UnavailableError
 from router.config import DispatchConfig, RouterConfig
-from tests.faults.process import SOCKET
+from tests.faults.network import Way
+from tests.faults.process import NETWORK, SOCKET
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "penstock-tiny"
 WAIT_S = 30.0
@@ -63,6 +64,20 @@ class StepControl:
         worker.tell(f"arm {step.value} {layer} {action} {seconds}")
         while worker.said.get(timeout=WAIT_S) != "armed":
             pass  # it was at an earlier step that nobody waited for
+
+    def weather(
+        self,
+        worker_id: str,
+        way: Way,
+        what: Literal["open", "held", "cut"] = "open",
+        delay_s: float = 0.0,
+        jitter_s: float = 0.0,
+    ) -> None:
+        """What becomes of the bytes on one of a worker's ways, from now on: late, kept back, or cut off."""
+        worker = self._of(worker_id)
+        worker.tell(f"net {way} {what} {delay_s} {jitter_s}")
+        while worker.said.get(timeout=WAIT_S) != "armed":
+            pass
 
     def reached(self, worker_id: str) -> int:
         """Wait until it is there; its process id."""
@@ -200,8 +215,12 @@ def world(
     engine: EngineConfig | None = None,
     transfer: TransferConfig = QUICK,
     max_attempts: int = 6,
+    proxied: bool = False,
 ) -> Iterator[World]:
-    """Processes with little patience and little memory; none is left afterwards."""
+    """Processes with little patience and little memory; none is left afterwards.
+
+    `proxied`: workers reach each other and the router through proxies, so that `steps.weather` may change.
+    """
     engine = engine or EngineConfig(num_blocks=512, max_num_batched_tokens=64, num_threads=1, device="cpu")
     config = ClusterConfig(
         model=MODEL,
@@ -215,7 +234,7 @@ def world(
     )
     with tempfile.TemporaryDirectory() as folder:
         control = StepControl(Path(folder) / "steps")
-        with environment({SOCKET: str(Path(folder) / "steps")}):
+        with environment({SOCKET: str(Path(folder) / "steps"), NETWORK: "1" if proxied else ""}):
             cluster = Cluster(config, SubprocessLauncher("tests.faults.process"))
             try:
                 cluster.start()

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
 from torch import Tensor
 
 from cluster import process
@@ -22,21 +23,25 @@ from cluster.spec import Started, WorkerSpec
 from cluster.steps import Step
 from cluster.worker_process import WorkerProcess
 from core.clock import Clock
-from core.messages import Connect
+from core.messages import Connect, WorkerRole
 from engine.kv_storage import KVStorage
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
 from kv_transfer.plane import KVPlane
 from kv_transfer.rendezvous import GroupRendezvous, Rendezvous
 from kv_transfer.transport import Delivery, Transport
+from tests.faults.network import HIGHER_HOST, Network, ProxiedRendezvous
 
 SOCKET = "PENSTOCK_TEST_STEPS"
+NETWORK = "PENSTOCK_TEST_NETWORK"
+"""Set where workers reach each other and the router through proxies."""
 
 
 class Faults:
     """Obeys a `StepControl`: `arm STEP LAYER ACTION SECONDS` says what happens at the next such step."""
 
-    def __init__(self, worker_id: str, path: str) -> None:
+    def __init__(self, worker_id: str, path: str, network: Network | None) -> None:
+        self._network = network
         self._armed: tuple[Step, int, str, float] | None = None
         self._go = threading.Event()
         self._damage = ""
@@ -84,6 +89,9 @@ class Faults:
                     self._say("armed")
                 case ["go"]:
                     self._go.set()
+                case ["net", way, what, delay_s, jitter_s] if self._network is not None:
+                    self._network.obey(way, what, delay_s, jitter_s)
+                    self._say("armed")
         self._go.set()
 
     def _say(self, text: str) -> None:
@@ -121,20 +129,39 @@ class FaultyRendezvous:
         return FaultyTransport(self._inner.meet(connect, rank), self._faults)
 
 
+class ProxiedWorker(WorkerProcess):
+    """A worker to which the router comes through a proxy, where there is a network of them."""
+
+    network: Network | None = None
+
+    def _serve(self) -> grpc.Server:
+        server = super()._serve()
+        if self.network is not None:
+            self._address = self.network.proxies["session"].forward(self._address)
+        return server
+
+
 def start(arguments: list[str], spec: str) -> tuple[Started, process.Process]:
     if arguments[0] != "worker":
         return process.start(arguments, spec)
     process.prepare_for_torch()
     parsed = from_json(WorkerSpec, spec)
-    faults = Faults(parsed.worker_id, os.environ[SOCKET])
+    network = Network() if os.environ.get(NETWORK) else None
+    faults = Faults(parsed.worker_id, os.environ[SOCKET], network)
 
     def make_plane(
         incarnation: str, storage: KVStorage, host: str, config: TransferConfig, clock: Clock, notify: Notify
     ) -> KVPlane:
-        rendezvous: Any = FaultyRendezvous(GroupRendezvous(host, storage.device, config), faults)
+        if network is None:
+            inner = GroupRendezvous(host, storage.device, config)
+        else:
+            kv_host = HIGHER_HOST if parsed.role is WorkerRole.DECODE else host
+            inner = ProxiedRendezvous(kv_host, storage.device, config, network.proxies["kv"])
+        rendezvous: Any = FaultyRendezvous(inner, faults)
         return KVPlane(incarnation, storage, host, config, clock, notify, rendezvous)
 
-    worker = WorkerProcess(parsed, lambda: arguments[1], faults, make_plane)
+    worker = ProxiedWorker(parsed, lambda: arguments[1], faults, make_plane)
+    worker.network = network
     worker.start()
     return Started(), worker
 
