@@ -50,13 +50,15 @@ class _Worker:
 class StepControl:
     """Where the workers of `tests.faults.process` come for orders. One order at a time to each."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
+        """`path` is where they come; None where this world has no such workers."""
         self._workers: dict[str, _Worker] = {}
         self._changed = threading.Condition()
         self._server = socket.socket(socket.AF_UNIX)
-        self._server.bind(str(path))
-        self._server.listen()
-        threading.Thread(target=self._welcome, name="steps", daemon=True).start()
+        if path is not None:
+            self._server.bind(str(path))
+            self._server.listen()
+            threading.Thread(target=self._welcome, name="steps", daemon=True).start()
 
     def arm(self, worker_id: str, step: Step, action: Action, layer: int = 0, seconds: float = 0.0) -> None:
         """What happens to a worker at its next such step; takes the place of what was to happen before."""
