@@ -122,6 +122,8 @@ REASONS = {
     "tokens_overflow": "decode workers are full: a mixed one helps out",
     "prompts_overflow": "prefill workers are busy: a mixed one helps out",
     "all_overflow": "both pools are full: mixed workers help out",
+    "moved": "went on decoding on another worker, with its K and V",
+    "draining": "the worker that it was on drains",
     "avoided_failed_worker": "a worker that failed it was left out",
     "refused": "a worker had refused it",
     "no_prefill_credit": "prefill workers had all they may have",

@@ -68,7 +68,7 @@ def print_comparison(a: Json, b: Json, console: Console) -> None:
 
 def _timing_keys(a: Json, b: Json) -> list[str]:
     """In the order of the metrics, those that both have."""
-    stats = ("mean", "median", *dict.fromkeys(_percentile_names(a)), "max")
+    stats = ("mean", *dict.fromkeys(_percentile_names(a)), "max")
     return [key for metric in METRICS for stat in stats if (key := f"{stat}_{metric}_ms") in a and key in b]
 
 

@@ -135,7 +135,7 @@ def test_two_runs_are_compared_and_different_loads_told() -> None:
     text = out.getvalue()
     assert "mine" in text
     assert "theirs" in text
-    (line,) = [line for line in text.splitlines() if "median_ttft_ms" in line]
+    (line,) = [line for line in text.splitlines() if "p50_ttft_ms" in line]
     assert line.split()[1:] == ["100.0", "1,000.0", "10.000"]
     assert "The loads differ: seed is None and 1" in text
 
