@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any
 
-import grpc
+import grpc.aio
 
 from core.errors import InvalidRequestError, UnavailableError, UnknownWorkerError
 from penstock.v1 import admin_pb2 as pb
 from router.errors import aborting
-from router.inference_service import Context, readable, to_bytes
-from router.rpc_inference import reader
+from router.rpc_handlers import Context, add_service, readable
 from router.workers import Workers
 
 ADMIN = "penstock.v1.Admin"
@@ -67,9 +65,8 @@ async def _answer(worker_id: str, answer: asyncio.Future[int]) -> int:
 
 
 def add_admin(service: AdminService, server: grpc.aio.Server) -> None:
-    unary = grpc.unary_unary_rpc_method_handler
-    methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Drain": unary(service.drain, reader(pb.DrainRequest), to_bytes),
-        "FlushPrefixCache": unary(service.flush_prefix_cache, reader(pb.FlushPrefixCacheRequest), to_bytes),
+    unary = {
+        "Drain": (service.drain, pb.DrainRequest),
+        "FlushPrefixCache": (service.flush_prefix_cache, pb.FlushPrefixCacheRequest),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(ADMIN, methods),))
+    add_service(server, ADMIN, unary)

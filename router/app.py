@@ -34,6 +34,7 @@ from router.openai_http import MAX_BODY_BYTES, OpenAIApi
 from router.openai_tools import ToolCalling
 from router.policies.fleet import Fleet
 from router.registry_service import RegistryService
+from router.rpc import REGISTRY
 from router.rpc_traces import SERVICE as TRACES
 from router.rpc_traces import TraceService
 from router.traces import TraceRecorder
@@ -42,8 +43,6 @@ from router.worker_door import WorkerDoor
 from router.workers import Workers
 from telemetry.metrics import Metrics
 from text.tokenizer import Tokenizer
-
-REGISTRY = "penstock.v1.Registry"
 
 GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_BODY_BYTES),

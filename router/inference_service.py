@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from core.clock import Clock
 from core.errors import InvalidRequestError
@@ -17,7 +15,8 @@ from router.errors import aborting
 from router.generation import Generator
 from router.merging import merge, start_all
 from router.rpc_cluster import to_change, to_load, to_model, to_server_info
-from router.rpc_inference import generate_input, prompt_of, reader, to_batch_response, to_response, to_started
+from router.rpc_handlers import Context, add_service, readable
+from router.rpc_inference import generate_input, prompt_of, to_batch_response, to_response, to_started
 from router.stream import RequestDispatcher
 from router.validation import Validator, ValidRequest
 from text.tokenizer import Tokenizer
@@ -26,14 +25,11 @@ SERVICE = "penstock.v1.Inference"
 MAX_BATCH = 256
 """Requests in one GenerateBatch."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
-M = TypeVar("M", bound=Message)
-
 
 class InferenceService:
     """Answers each call; a call that ends early, for whatever reason, cancels its request.
 
-    Requests come as `rpc_inference.reader` gives them: a message, or the error to answer with.
+    Requests come as `rpc_handlers.reader` gives them: a message, or the error to answer with.
     """
 
     def __init__(
@@ -179,29 +175,19 @@ def traceparent_of(context: Context) -> str:
     return next((str(value) for key, value in metadata if key == "traceparent"), "")
 
 
-def readable(received: M | InvalidRequestError) -> M:
-    if isinstance(received, InvalidRequestError):
-        raise received
-    return received
-
-
-def to_bytes(message: Message) -> bytes:
-    return message.SerializeToString()
-
-
 def add_to_server(service: InferenceService, server: grpc.aio.Server) -> None:
-    """As the generated `add_InferenceServicer_to_server`, but a request that can't be read reaches its handler."""
-    unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-    methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Generate": stream(service.generate, reader(pb.GenerateRequest), to_bytes),
-        "GenerateBatch": stream(service.generate_batch, reader(pb.GenerateBatchRequest), to_bytes),
-        "Tokenize": unary(service.tokenize, reader(pb.TokenizeRequest), to_bytes),
-        "Detokenize": unary(service.detokenize, reader(pb.DetokenizeRequest), to_bytes),
-        "ListModels": unary(service.list_models, reader(pb.ListModelsRequest), to_bytes),
-        "GetLoad": unary(service.get_load, reader(pb.GetLoadRequest), to_bytes),
-        "WatchCluster": stream(service.watch_cluster, reader(pb.WatchClusterRequest), to_bytes),
-        "Cancel": unary(service.cancel, reader(pb.CancelRequest), to_bytes),
-        "GetModel": unary(service.get_model, reader(pb.GetModelRequest), to_bytes),
-        "GetServerInfo": unary(service.get_server_info, reader(pb.GetServerInfoRequest), to_bytes),
+    unary = {
+        "Cancel": (service.cancel, pb.CancelRequest),
+        "GetModel": (service.get_model, pb.GetModelRequest),
+        "GetServerInfo": (service.get_server_info, pb.GetServerInfoRequest),
+        "Tokenize": (service.tokenize, pb.TokenizeRequest),
+        "Detokenize": (service.detokenize, pb.DetokenizeRequest),
+        "ListModels": (service.list_models, pb.ListModelsRequest),
+        "GetLoad": (service.get_load, pb.GetLoadRequest),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    streaming = {
+        "Generate": (service.generate, pb.GenerateRequest),
+        "GenerateBatch": (service.generate_batch, pb.GenerateBatchRequest),
+        "WatchCluster": (service.watch_cluster, pb.WatchClusterRequest),
+    }
+    add_service(server, SERVICE, unary, streaming)

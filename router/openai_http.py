@@ -26,6 +26,7 @@ from router.openai_responses import CHAT, COMPLETION, Format, Writer, model_obje
 from router.openai_stream import Answer, Choices, StreamedAnswer, WholeAnswer, to_json
 from router.openai_tokens import DetokenizeBody, TokenizeChatBody, parse_tokenize
 from router.openai_tools import ToolCalling, ToolUse
+from router.openapi import openapi
 from router.stream import RequestDispatcher
 from router.validation import GenerateInput, Validator
 from telemetry.metrics import CONTENT_TYPE
@@ -84,6 +85,7 @@ class OpenAIApi:
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/version", self.version, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
+        app.add_api_route("/openapi.json", self.openapi, methods=["GET"])
         app.add_api_route("/requests/{request_id}/trace", self.request_trace, methods=["GET"])
         app.add_exception_handler(PenstockError, _on_error)
         app.add_exception_handler(HTTPException, _on_error)
@@ -192,6 +194,9 @@ class OpenAIApi:
             return json_response(openai_error(message, ErrorCode.NOT_FOUND.openai_type, "request_id"), 404)
         return json_response(trace)
 
+    async def openapi(self) -> Response:
+        return json_response(openapi(self._version))
+
     async def load(self) -> Response:
         """How many requests are running or waiting."""
         info = self._dispatcher.info()
@@ -209,12 +214,12 @@ class RequestIds:
     """Gives every response an X-Request-Id: the client's own, or one that is drawn."""
 
     def __init__(self, app: ASGIApp, draw_id: Callable[[], str]) -> None:
-        self._app = app
+        self.inner = app
         self._draw_id = draw_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.inner(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         usable = 0 < len(given) <= 128 and given.isascii() and given.decode("latin-1").isprintable()
@@ -225,7 +230,7 @@ class RequestIds:
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        await self.inner(scope, receive, send_with_id)
 
 
 async def read_body(request: Request) -> bytes:

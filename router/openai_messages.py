@@ -11,6 +11,57 @@ from text.chat_template import ChatMessage, ToolCall
 MAX_MESSAGES = 4096
 MAX_CALLS = 128
 """In one message."""
+
+_TEXT_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+_CALL = {
+    "type": "object",
+    "required": ["function"],
+    "properties": {
+        "id": {"type": ["string", "null"]},
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name", "arguments"],
+            "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
+        },
+    },
+}
+_TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _TEXT_PART}]}
+_NAME = {"type": ["string", "null"]}
+
+
+def _role_schema(role: str, required: list[str], **properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["role", *required],
+        "properties": {"role": {"const": role}, "name": _NAME, **properties},
+        "additionalProperties": {"enum": [None, [], {}]},
+    }
+
+
+MESSAGES_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_MESSAGES,
+    "items": {
+        "anyOf": [
+            *(_role_schema(role, ["content"], content=_TEXT) for role in ("system", "developer", "user")),
+            _role_schema("assistant", ["content"], content=_TEXT, tool_calls={"enum": [None, []]}),
+            _role_schema(
+                "assistant",
+                ["tool_calls"],
+                content={"anyOf": [*_TEXT["anyOf"], {"type": "null"}]},
+                tool_calls={"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": _CALL},
+            ),
+            _role_schema("tool", ["content"], content=_TEXT, tool_call_id=_NAME),
+        ]
+    },
+}
+"""For the OpenAPI document."""
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 

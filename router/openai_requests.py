@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError, WithJsonSchema
 
 from core.errors import InvalidRequestError, did_you_mean
 from core.sampling import MAX_SEED
-from router.openai_messages import messages_of
-from router.openai_structures import structure_of
-from router.openai_tools import ToolUse
-from router.validation import GenerateInput, Prompt, SamplingFields
+from router.openai_messages import MESSAGES_SCHEMA, messages_of
+from router.openai_structures import RESPONSE_FORMAT_SCHEMA, STRUCTURED_OUTPUTS_SCHEMA, structure_of
+from router.openai_tools import TOOL_CHOICE_SCHEMA, TOOLS_SCHEMA, ToolUse
+from router.validation import MAX_STOPS, GenerateInput, Prompt, SamplingFields
 from text.chat_template import Chat, ChatMessage
 from text.tools.calls import Tool
 
@@ -31,6 +31,25 @@ NO_EFFECT = frozenset(
 )
 
 B = TypeVar("B", bound="Fields")
+
+
+_TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+PROMPT_SCHEMA = {
+    "anyOf": [
+        _TEXT_SCHEMA,
+        _TOKEN_IDS_SCHEMA,
+        {"type": "array", "minItems": 1, "items": _TEXT_SCHEMA},
+        {"type": "array", "minItems": 1, "items": _TOKEN_IDS_SCHEMA},
+    ]
+}
+STOP_SCHEMA = {
+    "anyOf": [
+        _TEXT_SCHEMA,
+        {"type": "array", "maxItems": MAX_STOPS, "items": _TEXT_SCHEMA},
+        {"type": "null"},
+    ]
+}
 
 
 def prompts_of(value: object) -> list[Prompt]:
@@ -96,7 +115,7 @@ class Body(Fields):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_as_list)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(_as_list), WithJsonSchema(STOP_SCHEMA)] = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     max_tokens: int | None = None
@@ -111,8 +130,8 @@ class Body(Fields):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    response_format: Annotated[dict[str, Any] | None, WithJsonSchema(RESPONSE_FORMAT_SCHEMA)] = None
+    structured_outputs: Annotated[dict[str, Any] | None, WithJsonSchema(STRUCTURED_OUTPUTS_SCHEMA)] = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -217,7 +236,7 @@ class CompletionBody(Body):
         "suffix": (None, ""),
     }
 
-    prompt: Annotated[list[Prompt], PlainValidator(prompts_of)]
+    prompt: Annotated[list[Prompt], PlainValidator(prompts_of), WithJsonSchema(PROMPT_SCHEMA)]
     logprobs: int | None = None
 
     @property
@@ -239,12 +258,12 @@ class ChatBody(Body):
         "web_search_options": (None,),
     }
 
-    messages: Annotated[tuple[ChatMessage, ...], PlainValidator(messages_of)]
+    messages: Annotated[tuple[ChatMessage, ...], PlainValidator(messages_of), WithJsonSchema(MESSAGES_SCHEMA)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Annotated[list[dict[str, Any]] | None, WithJsonSchema(TOOLS_SCHEMA)] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -319,7 +338,7 @@ def parse_body(kind: type[B], raw: bytes) -> B:
     """`InvalidRequestError` that names the first field at fault."""
     data = parse_json(raw)
     for name, harmless in kind.not_yet.items():
-        if data.get(name) not in harmless:
+        if not any(type(data.get(name)) is type(value) and data.get(name) == value for value in harmless):
             raise InvalidRequestError(name, data[name], "is not supported yet: leave it out")
     try:
         return kind.model_validate({k: v for k, v in data.items() if k not in kind.no_effect and k not in kind.not_yet})

@@ -14,6 +14,40 @@ Kind = Literal["json_schema", "regex", "choice", "grammar"]
 _KINDS: Mapping[str, Kind] = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
 """vLLM's names: fields of `structured_outputs`, and behind `guided_`."""
 
+_SCHEMA = {"type": "object"}
+_NON_EMPTY = {"type": "string", "minLength": 1}
+RESPONSE_FORMAT_SCHEMA = {
+    "anyOf": [
+        {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["text", "json_object"]}}},
+        {
+            "type": "object",
+            "required": ["type", "json_schema"],
+            "properties": {
+                "type": {"const": "json_schema"},
+                "json_schema": {"type": "object", "required": ["schema"], "properties": {"schema": _SCHEMA}},
+            },
+        },
+        {"type": "null"},
+    ]
+}
+STRUCTURED_OUTPUTS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {
+                "json": {"anyOf": [_NON_EMPTY, _SCHEMA, {"type": "null"}]},
+                "regex": {"anyOf": [_NON_EMPTY, {"type": "null"}]},
+                "choice": {"anyOf": [{"type": "array", "minItems": 1, "items": _NON_EMPTY}, {"type": "null"}]},
+                "grammar": {"anyOf": [_NON_EMPTY, {"type": "null"}]},
+                "json_object": {"type": ["boolean", "null"]},
+            },
+            "additionalProperties": {"type": "null"},
+        },
+        {"type": "null"},
+    ]
+}
+"""These two are for the OpenAPI document; that only one may be set is told by the answer."""
+
 
 class Asking(Protocol):
     """The fields of a body that may ask for it, of which one at most does."""
@@ -77,6 +111,8 @@ def _structured_outputs(value: dict[str, Any] | None) -> Structure | None:
     [(name, item)] = given.items()
     field = f"structured_outputs.{name}"
     if name == "json_object":
+        if not isinstance(item, bool):
+            raise InvalidRequestError(field, item, "must be true or false")
         return Structure("json_schema", JSON_OBJECT, field) if item else None
     if name not in _KINDS:
         raise InvalidRequestError(field, item, f"must be one of {', '.join(_KINDS)} and json_object")

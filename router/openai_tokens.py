@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import PlainValidator
+from pydantic import PlainValidator, WithJsonSchema
 
-from router.openai_messages import messages_of
+from router.openai_messages import MESSAGES_SCHEMA, messages_of
 from router.openai_requests import Fields, chat_of, parse_body, parse_json
+from router.openai_tools import TOOLS_SCHEMA
 from router.validation import Prompt
 from text.chat_template import ChatMessage
 from text.tools.calls import Tool
@@ -29,9 +30,9 @@ class TokenizeBody(Fields):
 class TokenizeChatBody(Fields):
     """Special tokens are those of the chat template, unless the client says otherwise."""
 
-    messages: Annotated[tuple[ChatMessage, ...], PlainValidator(messages_of)]
+    messages: Annotated[tuple[ChatMessage, ...], PlainValidator(messages_of), WithJsonSchema(MESSAGES_SCHEMA)]
     model: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]] | None, WithJsonSchema(TOOLS_SCHEMA)] = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None

@@ -15,7 +15,43 @@ from text.tools.calls import Tool, ToolCallParser
 from text.tools.formats import FORMATS, FormatName, ToolFormat, format_of_template
 
 MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME_PATTERN = "[A-Za-z0-9_.-]{1,64}"
+_NAME = re.compile(_NAME_PATTERN)
+_NAMED = {"type": "object", "required": ["name"], "properties": {"name": {"pattern": f"^{_NAME_PATTERN}$"}}}
+_FUNCTION = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {
+        "name": {"type": "string", "pattern": f"^{_NAME_PATTERN}$"},
+        "description": {"type": ["string", "null"]},
+        "parameters": {"type": ["object", "null"]},
+    },
+}
+TOOLS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "array",
+            "maxItems": MAX_TOOLS,
+            "items": {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+            },
+        },
+        {"type": "null"},
+    ]
+}
+TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required", None]},
+        {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {"type": {"const": "function"}, "function": _NAMED},
+        },
+    ]
+}
+"""These two are for the OpenAPI document."""
 
 
 class ToolBody(Protocol):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import grpc.aio
 
-from core.errors import InvalidRequestError
+from core.errors import InvalidRequestError, OverloadedError
 from router.rpc import Registration, add_registry
 from router.workers import Workers
+
+MAX_NAME_LEN = 256
+MAX_WORKERS = 8192
+"""Registered at once, connected or not."""
 
 
 class RegistryService:
@@ -14,10 +18,15 @@ class RegistryService:
         self._workers = workers
 
     def register(self, registration: Registration) -> bool:
-        """Whether the router holds a session with this incarnation; `InvalidRequestError` on an empty field."""
+        """Whether the router holds a session with this incarnation; `InvalidRequestError` on a field that is empty or
+        endless, `OverloadedError` where there are too many workers already."""
         for name in ("worker_id", "incarnation", "address"):
-            if not getattr(registration, name):
-                raise InvalidRequestError(name, getattr(registration, name), "must not be empty")
+            value = getattr(registration, name)
+            if not 0 < len(value) <= MAX_NAME_LEN or not value.isprintable():
+                fix = f"must have 1 to {MAX_NAME_LEN} characters, all printable"
+                raise InvalidRequestError(name, value, fix)
+        if not self._workers.knows(registration.worker_id) and len(self._workers) >= MAX_WORKERS:
+            raise OverloadedError(f"{MAX_WORKERS} workers are registered already", retry_after_s=5.0)
         return self._workers.register(registration)
 
     def add_to(self, server: grpc.aio.Server) -> None:

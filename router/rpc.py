@@ -12,12 +12,15 @@ from typing import Any
 
 import grpc.aio
 
-from core.errors import PenstockError
+from core.errors import InvalidRequestError, PenstockError
 from core.messages import Command, RouterHello, WorkerRole
 from penstock.v1 import worker_pb2, worker_pb2_grpc
+from router.errors import aborting
 from router.rpc_commands import command_to_wire
 from router.rpc_events import WireError, WorkerMessage, message_from_wire, role_from_wire
+from router.rpc_handlers import Context, add_service, readable
 
+REGISTRY = "penstock.v1.Registry"
 MAX_MESSAGE_BYTES = 64 * 2**20
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -83,25 +86,20 @@ class Registration:
     role: WorkerRole
 
 
-class RegistryServicer(worker_pb2_grpc.RegistryServicer):
-    """Hands registrations to `register`, which says whether that incarnation is connected."""
-
-    def __init__(self, register: Callable[[Registration], bool]) -> None:
-        self._register = register
-
-    async def Register(self, request: worker_pb2.RegisterRequest, context: Any) -> worker_pb2.RegisterResponse:  # noqa: N802
-        try:
-            registration = Registration(
-                request.worker_id, request.incarnation, request.address, role_from_wire(request.role)
-            )
-            return worker_pb2.RegisterResponse(connected=self._register(registration))
-        except PenstockError as error:
-            await context.abort(grpc.StatusCode[error.code.grpc_status], error.message)
-            raise  # abort does not return
-
-
 def add_registry(server: grpc.aio.Server, register: Callable[[Registration], bool]) -> None:
-    worker_pb2_grpc.add_RegistryServicer_to_server(RegistryServicer(register), server)
+    """Hands registrations to `register`, which says whether that incarnation is connected. A worker of a later version
+    may say more than is known here."""
+
+    async def answer(
+        received: worker_pb2.RegisterRequest | InvalidRequestError, context: Context
+    ) -> worker_pb2.RegisterResponse:
+        async with aborting(context):
+            request = readable(received)
+            role = role_from_wire(request.role)
+            registration = Registration(request.worker_id, request.incarnation, request.address, role)
+            return worker_pb2.RegisterResponse(connected=register(registration))
+
+    add_service(server, REGISTRY, {"Register": (answer, worker_pb2.RegisterRequest)}, known_only=False)
 
 
 __all__ = ["Registration", "SessionLostError", "WireError", "WorkerCall", "WorkerMessage", "add_registry"]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any, TypeVar
-
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.unknown_fields import UnknownFieldSet
+from typing import Any
 
 from core.errors import InvalidRequestError
 from core.logprobs import TokenLogprobs
@@ -22,8 +18,6 @@ from router.validation import GenerateInput, Prompt, SamplingFields
 from text.chat_template import Chat, ChatMessage
 from text.grammar import JSON_OBJECT, Structure
 
-M = TypeVar("M", bound=Message)
-
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -33,41 +27,6 @@ _OPTIONAL_SAMPLING = (
     *("repetition_penalty", "frequency_penalty", "presence_penalty", "logprobs", "prompt_logprobs"),
     "skip_special_tokens",
 )
-
-
-def reader(message_type: type[M]) -> Callable[[bytes], M | InvalidRequestError]:
-    """Parses a request. One that can't be read, or has fields nobody would heed, becomes an error for its handler."""
-
-    def read(data: bytes) -> M | InvalidRequestError:
-        message = message_type()
-        try:
-            message.ParseFromString(data)
-        except DecodeError:
-            name = message_type.DESCRIPTOR.full_name
-            return InvalidRequestError("request", data[:20], f"must be a {name}, with all strings in UTF-8")
-        for path in _unknown_fields(message):
-            where, _, number = path.rpartition(".")
-            return InvalidRequestError(
-                path, "a value", f"must be left out: {where or message_type.DESCRIPTOR.name} has no field {number}"
-            )
-        return message
-
-    return read
-
-
-def _unknown_fields(message: Message) -> Iterator[str]:
-    """Paths of fields that are not in the schema, or not of the type it says: names, then the field's number."""
-    unknown = UnknownFieldSet(message)
-    for i in range(len(unknown)):
-        yield str(unknown[i].field_number)
-    for descriptor, value in message.ListFields():
-        if descriptor.message_type is None:
-            continue
-        if isinstance(value, Message):
-            yield from (f"{descriptor.name}.{path}" for path in _unknown_fields(value))
-        else:
-            for i, item in enumerate(value):
-                yield from (f"{descriptor.name}[{i}].{path}" for path in _unknown_fields(item))
 
 
 def generate_input(request: pb.GenerateRequest, time_remaining_s: float | None, traceparent: str = "") -> GenerateInput:

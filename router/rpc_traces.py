@@ -11,24 +11,25 @@ from google.protobuf.json_format import MessageToDict
 from core.clock import Clock
 from core.errors import InvalidRequestError
 from penstock.v1 import trace_pb2 as pb
-from penstock.v1.trace_pb2_grpc import TracesServicer, add_TracesServicer_to_server
 from router.errors import aborting
+from router.rpc_handlers import Context, add_service, readable
 from router.traces import AttemptTrace, RequestTrace, TraceRecorder, spans_of
 
 SERVICE = "penstock.v1.Traces"
 
 
-class TraceService(TracesServicer):
+class TraceService:
     """Both front doors' view of what `recorder` keeps."""
 
     def __init__(self, recorder: TraceRecorder, clock: Clock) -> None:
         self._recorder = recorder
         self._clock = clock
 
-    async def GetRequestTrace(  # noqa: N802
-        self, request: pb.GetRequestTraceRequest, context: grpc.aio.ServicerContext[Any, Any]
+    async def get_request_trace(
+        self, received: pb.GetRequestTraceRequest | InvalidRequestError, context: Context
     ) -> pb.GetRequestTraceResponse:
-        async with aborting(context, request.request_id):
+        async with aborting(context):
+            request = readable(received)
             if not request.request_id:
                 raise InvalidRequestError("request_id", "", "must name a request")
             return pb.GetRequestTraceResponse(trace=self._find(request.request_id))
@@ -41,7 +42,7 @@ class TraceService(TracesServicer):
         return MessageToDict(wire, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        add_TracesServicer_to_server(self, server)
+        add_service(server, SERVICE, {"GetRequestTrace": (self.get_request_trace, pb.GetRequestTraceRequest)})
 
     def _find(self, request_id: str) -> pb.RequestTrace | None:
         trace = self._recorder.find(request_id)

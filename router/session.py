@@ -47,6 +47,10 @@ class Session:
             raise
         return cls(call, hello, config)
 
+    @property
+    def num_unsent(self) -> int:
+        return len(self._outbox)
+
     async def close(self) -> None:
         """Whoever opened a session closes it."""
         await self._call.close()

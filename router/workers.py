@@ -114,6 +114,13 @@ class Workers:
         worker.registration, worker.registered_s = registration, self._clock()
         return worker.session is not None
 
+    def __len__(self) -> int:
+        """All that registered and are not forgotten."""
+        return len(self._by_id)
+
+    def knows(self, worker_id: str) -> bool:
+        return worker_id in self._by_id
+
     def connected(self) -> Iterator[tuple[WorkerHello, Worker]]:
         for worker in self._connected.values():
             if worker.session:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 import grpc.aio
 from starlette.types import ASGIApp
@@ -237,6 +238,12 @@ def http_app(doors: FrontDoors, *, allowed_origins: Sequence[str] = ()) -> ASGIA
         tools=ToolCalling(doors.tokenizer, "hermes"),
         allowed_origins=allowed_origins,
     ).app()
+
+
+def http_routes(doors: FrontDoors) -> list[Any]:
+    app: Any = http_app(doors)
+    routes: list[Any] = app.inner.routes
+    return routes
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from router.info import ClusterInfo
-from tests.router.front_doors import WAIT_S, FrontDoors, front_doors, http_app, http_door
+from tests.router.front_doors import WAIT_S, FrontDoors, front_doors, http_app, http_door, http_routes
 
 pytestmark = pytest.mark.anyio
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -166,6 +166,22 @@ async def test_the_last_message_is_gone_on_with(doors: FrontDoors, http: httpx.A
     await http.post(CHAT, json={"messages": turns, "continue_final_message": True})
     prompt = doors.tokenizer.decode(doors.dispatcher.running[0].request.prompt_token_ids)
     assert prompt == "user:hiassistant:the pi"
+
+
+async def test_the_openapi_document_has_every_route_and_no_other(http: httpx.AsyncClient) -> None:
+    document = (await http.get("/openapi.json")).json()
+    with front_doors() as doors:
+        routes = {(route.path, method) for route in http_routes(doors) for method in route.methods}
+    told = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
+    assert {(path.replace("{name:path}", "{model}"), method) for path, method in routes} == told | {
+        ("/openapi.json", "GET")
+    }
+
+
+@pytest.mark.parametrize("value", [0, 1, "", [True]])
+async def test_what_only_equals_a_harmless_value_is_not_one(http: httpx.AsyncClient, value: Any) -> None:
+    response = await http.post(COMPLETIONS, json={"prompt": "a", "echo": value})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "echo")
 
 
 async def test_no_origin_is_allowed_unless_it_was_asked_for(http: httpx.AsyncClient) -> None:

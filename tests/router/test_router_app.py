@@ -348,3 +348,26 @@ def test_the_router_loads_no_torch_and_no_ray() -> None:
     code = "import sys, router.app; print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("field", ["worker_id", "incarnation", "address"])
+@pytest.mark.parametrize("value", ["", "x" * 257, "a\nb"])
+async def test_a_worker_that_can_not_be_is_not_registered(field: str, value: str) -> None:
+    async with running_app() as (app, channel):
+        registry: worker_pb2_grpc.RegistryAsyncStub = worker_pb2_grpc.RegistryStub(channel)
+        fields = {"worker_id": "w", "incarnation": "i", "address": "127.0.0.1:1", field: value}
+        request = worker_pb2.RegisterRequest(role=fake_worker.ROLES["mixed"], **fields)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await registry.Register(request, timeout=WAIT_S)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (caught.value.details() or "").startswith(field)
+        assert len(app.workers) == 0
+
+
+@pytest.mark.parametrize("path", ["/penstock.v1.Registry/Register", "/penstock.v1.Traces/GetRequestTrace"])
+async def test_bytes_that_are_no_message_are_answered_as_such(path: str) -> None:
+    async with running_app() as (_, channel):
+        ask: Any = channel.unary_unary(path)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(b"\xff\xff", timeout=WAIT_S)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
