@@ -380,6 +380,7 @@ class AttemptFlow:
 
     def _on_release_overdue(self, hold: Hold) -> None:
         self._counts.release_timeouts += 1
+        self._ledger.note_worker_failure(hold.entry, hold.incarnation, "release_overdue")
         self._drop(hold)
 
     def _drop(self, hold: Hold) -> None:
