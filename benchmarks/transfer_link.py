@@ -116,6 +116,11 @@ class Sending:
         load = self._load
         self._worker.plane.sender.push(self._ticket.key, layer, 0, load.num_tokens, load.blocks)
 
+    def push_at_once(self, layer: int) -> None:
+        """`push`, and let it leave whatever its size."""
+        self.push(layer)
+        self._worker.plane.sender.flush(self._ticket.key)
+
     def finish(self) -> None:
         """Commit, and wait for the other side's word that decode may begin."""
         sender = self._worker.plane.sender
@@ -153,7 +158,7 @@ class Link:
         """Seconds from the last layer to that word, where all others have come before."""
         sending = self.begin(load)
         for layer in range(load.layout.num_layers - 1):
-            sending.push(layer)
+            sending.push_at_once(layer)
         time.sleep(ARRIVED_S)
         started_at = time.perf_counter()
         sending.push(load.layout.num_layers - 1)

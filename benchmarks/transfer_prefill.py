@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.peer_engines import VARIABLE
 from benchmarks.rows import Row
-from benchmarks.transfer_link import Link, Load, link
+from benchmarks.transfer_link import Link, Load, Sending, link
 from core.sampling import SamplingParams
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -24,6 +24,8 @@ from engine.plan import Plan, PlanEntry
 NAME = "llama-120m"
 PROMPTS = (64, 512, 2048)
 """Tokens; targets are set from 512 on."""
+SHORT_PROMPTS = (16, 64, 128, 256, 512)
+"""Among which is the length from which on it pays to send layer by layer."""
 QUICK_REPEATS = 5
 TARGET_TOKENS, MAX_STEP_TOKENS = 512, 2048
 MAX_EXPOSED_BESIDE_LAST_S = 0.002
@@ -55,7 +57,62 @@ def prefill_rows(num_repeats: int) -> list[Row]:
             for num_tokens in PROMPTS if num_repeats > QUICK_REPEATS else PROMPTS[:-1]:
                 num = max(3, min(num_repeats, num_repeats * TARGET_TOKENS // num_tokens))
                 rows += rows_of(num_tokens, measure(engine, ours, num_tokens, num))
+            lengths = SHORT_PROMPTS if num_repeats > QUICK_REPEATS else SHORT_PROMPTS[:-1]
+            rows += crossover_rows({n: measure_ways(engine, ours, n, num_repeats) for n in lengths})
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What sending costs a prompt, in seconds: what its step takes longer, and what is exposed after it. Medians."""
+
+    layerwise_s: float
+    serial_s: float
+    auto_s: float
+
+
+def measure_ways(engine: Engine, ours: Link, num_tokens: int, num_repeats: int) -> Ways:
+    """The three in turns, each less the step with nothing to send; the first turn does not count."""
+    load, turns = Load(engine.layout, num_tokens), []
+    for _ in range(num_repeats + 1):
+        alone_s = timed(lambda: engine.runner.run(prompt(load)))
+        costs = []
+        for way in ("layerwise", "serial", "auto"):
+            sending = ours.begin(load)
+            costs.append(timed(lambda way=way, sending=sending: step(engine, load, sending, way)) - alone_s)  # type: ignore[misc]
+        turns.append(costs)
+    return Ways(*(statistics.median(costs) for costs in zip(*turns[1:], strict=True)))
+
+
+def step(engine: Engine, load: Load, sending: Sending, way: str) -> None:
+    """From a prompt to the word that decode may begin."""
+    layers = range(engine.layout.num_layers)
+    on_layer = {"layerwise": sending.push_at_once, "serial": None, "auto": sending.push}[way]
+    engine.runner.run(prompt(load), on_layer)
+    if way == "serial":
+        for layer in layers:
+            sending.push(layer)
+    sending.finish()
+
+
+def timed(work: Callable[[], object]) -> float:
+    started_at = time.perf_counter()
+    work()
+    return time.perf_counter() - started_at
+
+
+def crossover_rows(ways: dict[int, Ways]) -> list[Row]:
+    """From which length on layer by layer is cheaper than serial, and what was chosen."""
+    told = ", ".join(
+        f"{n}: {1000 * w.serial_s:.1f} serial, {1000 * w.layerwise_s:.1f} layer by layer, {1000 * w.auto_s:.1f} chosen"
+        for n, w in ways.items()
+    )
+    serial = [n for n, w in ways.items() if w.serial_s <= w.layerwise_s]
+    longest = max(serial, default=0)
+    detail = (
+        f"longest prompt of these for which serial is not dearer; ms that sending adds to a prompt of n tokens: {told}"
+    )
+    return [Row.of(f"{NAME}: crossover from serial to layer by layer", longest, "tokens", 0.0, detail=detail)]
 
 
 def rows_of(num_tokens: int, measured: Measured) -> list[Row]:

@@ -16,7 +16,6 @@ import struct
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,7 +30,7 @@ from core.errors import IntegrityError, TransferError
 from kv_transfer.transport import Delivery
 
 _PLACE = struct.Struct("<QQ")  # offset and bytes of payload
-_TAKEN, _DONE = b"t", b"d"
+_DONE = b"d"
 _SEALS = 0 if sys.platform != "linux" else fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -52,8 +51,8 @@ def host_identity() -> str:
 class SharedMemoryTransport:
     """One end. Frames, and where their payload lies, go over a Unix socket of the two.
 
-    The receiver says of each frame that it has it, and of each payload when it is done with it. `memory` is the
-    sender's: all payload must lie there, and is not copied again.
+    The receiver says of each message when it is done with it, before it waits for another or sends one. `memory` is
+    the sender's: all payload must lie there, and is not copied again.
     """
 
     name = "shm"
@@ -65,44 +64,44 @@ class SharedMemoryTransport:
         self.memory: Tensor | None = region if sends else None
         self._aborted = threading.Event()
         self._num_sent = self._num_done = 0
-        self._owed: deque[bytes] = deque()  # what the peer has yet to say of each message that is not done
-        self._using = False  # the payload that was received last
+        self._owes = False  # the word that what was received last is done with
         weakref.finalize(self, connection.close)
 
     def send(self, frame: Tensor, parts: Sequence[Tensor], timeout_s: float) -> Delivery:
         message = b"".join([_bytes(frame), *map(self._place, parts)])
-        self._owed.append(_TAKEN + _DONE if parts else _TAKEN)
         self._num_sent += 1
         with self._reasons(timeout_s):
+            self._give_back()
             self._connection.sendall(message)
         return _Message(self, self._num_sent)
 
     def receive_frame(self, frame: Tensor, timeout_s: float) -> None:
         with self._reasons(timeout_s):
-            if self._using:
-                self._using = False
-                self._connection.sendall(_DONE)
+            self._give_back()
             self._receive(_bytes(frame))
-            self._connection.sendall(_TAKEN)
+            self._owes = True
 
     def receive_parts(self, sizes: Sequence[int], timeout_s: float) -> Iterator[Tensor]:
         places = bytearray(_PLACE.size * len(sizes))
         with self._reasons(timeout_s):
             self._receive(memoryview(places))
             parts = [self._part(*place) for place in _PLACE.iter_unpack(places)]
-        self._using = True
         return iter(parts)
 
     def wait(self, number: int, timeout_s: float) -> None:
         """Until the peer is done with that message."""
+        answer = bytearray(1)
         while self._num_done < number:
-            owed = self._owed.popleft()
-            answer = bytearray(len(owed))
             with self._reasons(timeout_s):
                 self._receive(memoryview(answer))
-                if answer != owed:
+                if answer != _DONE:
                     raise TransferError("pair_down", "the peer says what it should not")
             self._num_done += 1
+
+    def _give_back(self) -> None:
+        if self._owes:
+            self._owes = False
+            self._connection.sendall(_DONE)
 
     def _part(self, offset: int, size: int) -> Tensor:
         if offset + size > self._region.numel():
@@ -175,7 +174,7 @@ class Invitation:
             try:
                 memory = mmap.mmap(descriptor, self._num_bytes)
                 connection.settimeout(timeout_s)
-                socket.send_fds(connection, [_TAKEN], [descriptor])
+                socket.send_fds(connection, [_DONE], [descriptor])
             finally:
                 os.close(descriptor)
         except BaseException:
