@@ -57,8 +57,8 @@ def prefill_rows(num_repeats: int) -> list[Row]:
             for num_tokens in PROMPTS if num_repeats > QUICK_REPEATS else PROMPTS[:-1]:
                 num = max(3, min(num_repeats, num_repeats * TARGET_TOKENS // num_tokens))
                 rows += rows_of(num_tokens, measure(engine, ours, num_tokens, num))
-            lengths = SHORT_PROMPTS if num_repeats > QUICK_REPEATS else SHORT_PROMPTS[:-1]
-            rows += crossover_rows({n: measure_ways(engine, ours, n, num_repeats) for n in lengths})
+            lengths, num = (SHORT_PROMPTS, 11) if num_repeats > QUICK_REPEATS else (SHORT_PROMPTS[:-2], 3)
+            rows += crossover_rows({n: measure_ways(engine, ours, n, num) for n in lengths})
     return rows
 
 
