@@ -79,11 +79,11 @@ def command(wire: worker_pb2.Command) -> Command:
             p = wire.prompt_part
             return PromptPart(_ticket(p.ticket), p.offset, tuple(p.token_ids))
         case "reserve":
-            return Reserve(_ticket(wire.reserve.ticket), _work(wire.reserve.work))
+            return Reserve(_ticket(wire.reserve.ticket), _work(wire.reserve.work), wire.reserve.copy)
         case "prefill":
             prefill = wire.prefill
             ticket, work = _ticket(prefill.ticket), _work(prefill.work)
-            return Prefill(ticket, work, prefill.num_skipped_tokens, prefill.handover)
+            return Prefill(ticket, work, prefill.num_skipped_tokens, prefill.handover, prefill.copy)
         case "accept":
             a = wire.accept
             return Accept(_ticket(a.ticket), _record(a.record), a.first_token_id, a.deadline_s)

@@ -309,7 +309,8 @@ class Worker:
             return AttemptFailed(ticket.key, "wrong_incarnation", f"the ticket is for worker {mine}, this is {me}")
         needed = WorkerRole.DECODE if isinstance(command, Reserve) else WorkerRole.PREFILL
         hands_over = isinstance(command, Prefill) and command.handover and not ticket.local
-        if self._role is not WorkerRole.MIXED and (ticket.local or self._role is not needed) and not hands_over:
+        in_every_role = hands_over or (isinstance(command, Reserve) and command.copy)
+        if self._role is not WorkerRole.MIXED and (ticket.local or self._role is not needed) and not in_every_role:
             return AttemptFailed(ticket.key, "wrong_role", f"a {self._role.value} worker does not do this")
         if any(key[0] == ticket.transfer_id and key[1] > ticket.attempt for key in self._keys()):
             return AttemptFailed(ticket.key, "stale_attempt", "a later attempt is here already")

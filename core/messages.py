@@ -130,8 +130,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
+    """With `copy` the worker keeps what comes in its cache, and decodes nothing: taken whatever the role."""
+
     ticket: Ticket
     work: Work
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +142,15 @@ class Prefill:
     """With a local ticket the worker decodes as well: no Reserve, no Accept.
 
     With `handover` it goes on with another worker, that of the ticket, what this one has decoded so far: K and V are in
-    its cache, but for the last few. Every worker does that, whatever its role, and while it drains.
+    its cache, but for the last few. Every worker does that, whatever its role, and while it drains. With `copy` as well
+    it fails unless all but the last token are in the cache.
     """
 
     ticket: Ticket
     work: Work
     num_skipped_tokens: int = 0
     handover: bool = False
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,21 +75,26 @@ class BlockPool:
         self._tables[request_id] = (*table, *prefix, *new)
         return True
 
+    def find(self, request: Request) -> tuple[int, ...]:
+        """Blocks that hold a prefix of the request; none where log-probabilities of its prompt are to be computed."""
+        if self.index is None or request.sampling.prompt_logprobs is not None:
+            return ()
+        return self.index.find(request)
+
     def admit(self, request: Request, num_spared: int = 0) -> bool:
         """Give the request blocks for all its tokens and one more, first those that hold a prefix of it already.
 
         False, and no change, where fewer than `num_spared` would be left. Sets `num_computed_tokens`, and the first
         time `num_cached_tokens`.
         """
-        index = self.index if request.sampling.prompt_logprobs is None else None  # they need every position computed
-        prefix = index.find(request) if index is not None else ()
+        prefix = self.find(request)
         if not self.allocate(request.request_id, request.num_tokens + 1, prefix, num_spared):
             return False
         request.num_computed_tokens = len(prefix) * self.block_size
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
-            if index is not None:
-                index.count(request.num_tokens, request.num_cached_tokens)
+            if self.index is not None and request.sampling.prompt_logprobs is None:
+                self.index.count(request.num_tokens, request.num_cached_tokens)
         return True
 
     def computed(self, request: Request, end: int) -> None:

@@ -27,8 +27,10 @@ class GrowthForecast:
         self._lengths = OutputLengths()
 
     def observe(self, request: Request) -> None:
-        """The request has ended by itself."""
-        self._lengths.observe(request.num_output_tokens, num_allowed(request, self._max_model_len))
+        """The request has ended by itself. One that may draw a single token tells nothing of others."""
+        allowed = num_allowed(request, self._max_model_len)
+        if allowed > 1:
+            self._lengths.observe(request.num_output_tokens, allowed)
 
     def num_blocks(self, requests: Iterable[tuple[Request, int]]) -> int:
         """The most that these are expected to hold at once beyond the blocks that each holds; if none, is about to get.

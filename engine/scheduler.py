@@ -138,6 +138,10 @@ class Scheduler:
         if prefill_only:
             self._prefill_only.add(request.request_id)
 
+    def num_found(self, request: Request) -> int:
+        """Tokens of a new request that are in the cache now."""
+        return len(self._pool.find(request)) * self._pool.block_size
+
     def reserve(self, request: Request) -> bool:
         """Hold room for a request whose prompt is prefilled elsewhere. False where there is none: nothing is held then.
 

@@ -39,11 +39,13 @@ class PrefillHalf:
         return [attempt.ticket.key for attempt in self._attempts.values()]
 
     def start(self, command: Prefill, token_ids: list[int], emit: Callable[[Event], None]) -> None:
-        """Queue the prompt. Raises TransferError where the pair's channel is not up."""
+        """Queue the prompt. Raises TransferError where the pair's channel is not up, or what is copied not cached."""
         ticket, work = command.ticket, command.work
-        self._sender.begin(ticket, token_ids[: command.num_skipped_tokens])
         name = engine_id(ticket.key)
         request = Request(name, token_ids, work.sampling, work.num_prompt_tokens, cache_salt=work.cache_salt)
+        if command.copy and (num_found := self._scheduler.num_found(request)) < len(token_ids) - 1:
+            raise TransferError("not_cached", f"of {len(token_ids) - 1} tokens {num_found} are in the cache")
+        self._sender.begin(ticket, token_ids[: command.num_skipped_tokens])
         self._attempts[request.request_id] = _Attempt(ticket, request, emit)
         self._scheduler.add(request, prefill_only=True)
 

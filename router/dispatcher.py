@@ -26,11 +26,12 @@ from router.fair_queue import Claim, FairQueue
 from router.flow import AttemptFlow
 from router.info import ClusterInfo
 from router.learning import Learner
-from router.ledger import Counts, Entry, Failure, Ledger, Observer, Silent
+from router.ledger import Counts, Entry, Failure, Ledger, Observer
 from router.moving import Mover
 from router.policies import make_policy
 from router.policies.model import Need, Placement
 from router.policies.search import can_ever, place, soonest_s, wish
+from router.silent import Silent
 from router.stream import RequestStream
 from router.workers import Workers
 
@@ -142,6 +143,7 @@ class Dispatcher:
         """Fail whatever is left. Sessions end afterwards, with `Workers.close()`."""
         for entry in self._ledger.entries():
             self._end(entry, error=UnavailableError("the router is shutting down"))
+            self._flow.fence(entry, "stopped")
         if self._wake_up:
             self._wake_up.cancel()
 
@@ -294,6 +296,10 @@ class Dispatcher:
     # ---- ends
 
     def _on_outcome(self, entry: Entry, outcome: Outcome) -> None:
+        if entry.on_copied is not None:
+            entry.on_copied(isinstance(outcome, FinishReason))
+            self.on_change()
+            return
         match outcome:
             case FinishReason():
                 self._end(entry, finish_reason=outcome)

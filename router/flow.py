@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from core.clock import Clock
 from core.events import LifecycleEvent
@@ -45,10 +46,10 @@ from router.attempt import Outcome, Refusal, Told, TooSlow, add_transfer, ticket
 from router.config import DispatchConfig
 from router.learning import Learner
 from router.ledger import Attempt, Counts, Entry, Failure, Hold, Leaving, Ledger, Stage
-from router.outbox import in_parts
 from router.pairs import TRANSFER_FAULTS
 from router.policies.model import Placement, Route
 from router.policies.search import num_blocks_for
+from router.teller import Teller
 from router.workers import Workers
 
 AttemptEvent = Reserved | Refused | Prefilled | Accepted | Released | SequenceTokens | AttemptFailed
@@ -79,6 +80,7 @@ class AttemptFlow:
         self.learner = learner
         self._clock = clock
         self._on_outcome = on_outcome
+        self._teller = Teller(config, workers=workers, ledger=ledger, counts=counts, on_dropped=self._on_dropped)
 
     # ---- begin and end
 
@@ -110,6 +112,13 @@ class AttemptFlow:
         attempt.leaving, attempt.moves = Leaving(before, hold), True
         self._reserve(entry, attempt)
 
+    def copy(self, entry: Entry, route: Route) -> None:
+        """Begin to send what worker `route.prefill` has in its cache to that of worker `route.decode`."""
+        attempt = self._new_attempt(entry, route)
+        attempt.moves = True
+        self._ledger.hold(entry, attempt.ticket, route.prefill)
+        self._reserve(entry, attempt)
+
     def _new_attempt(self, entry: Entry, route: Route) -> Attempt:
         entry.num_attempts += 1
         stage = Stage.PREFILLING if route.local else Stage.RESERVING
@@ -124,7 +133,11 @@ class AttemptFlow:
     def _reserve(self, entry: Entry, attempt: Attempt) -> None:
         decode = attempt.ticket.decode_incarnation
         hold = self._ledger.hold(entry, attempt.ticket, decode, pending_blocks=self._num_blocks(entry, decode))
-        self._tell(hold, Reserve(attempt.ticket, attempt.work))
+        if entry.is_copy:  # the worker is done when its first token is: it only keeps K and V
+            work = replace(attempt.work, sampling=replace(attempt.work.sampling, max_tokens=1))
+            self._teller.tell(hold, Reserve(attempt.ticket, work, copy=True))
+        else:
+            self._teller.tell(hold, Reserve(attempt.ticket, attempt.work))
         self._limit(entry, self._config.reserve_timeout_s, "reserve_timeout", decode)
 
     def fence(self, entry: Entry, reason: str) -> None:
@@ -135,10 +148,10 @@ class AttemptFlow:
         entry.attempt = None
         attempt.stop_timer()
         if attempt.leaving and attempt.leaving.hold in entry.holds:
-            self._let_go(attempt.leaving.hold, Cancel(attempt.leaving.attempt.ticket, reason))
+            self._teller.let_go(attempt.leaving.hold, Cancel(attempt.leaving.attempt.ticket, reason))
         for hold in [*entry.holds]:
             if hold.ticket is attempt.ticket and not hold.closing:
-                self._let_go(hold, Cancel(attempt.ticket, reason))
+                self._teller.let_go(hold, Cancel(attempt.ticket, reason))
 
     def _fail(self, entry: Entry, reason: str, message: str, incarnation: str | None = None) -> None:
         attempt = entry.attempt
@@ -168,7 +181,7 @@ class AttemptFlow:
 
     def on_lost(self, incarnation: str, reason: str) -> None:
         for hold in self._ledger.holds_on(incarnation):
-            self._drop(hold)
+            self._teller.drop(hold)
             if not hold.closing or hold.leaves:
                 self._fail(hold.entry, "session_lost", f"lost the worker: {reason}", incarnation)
 
@@ -228,13 +241,13 @@ class AttemptFlow:
         if leaving.hold not in entry.holds:
             self._fail(entry, "ended", "the worker that decoded has ended it meanwhile", leaving.hold.incarnation)
             return
-        self._drop(leaving.hold)
+        self._teller.drop(leaving.hold)
         hold = self._ledger.hold(entry, attempt.ticket, leaving.hold.incarnation)
         self._prefill(entry, attempt, hold, num_skipped_tokens)
 
     def _on_refused(self, hold: Hold, event: Refused) -> None:
         entry, attempt = hold.entry, hold.entry.attempt
-        self._drop(hold)
+        self._teller.drop(hold)
         if attempt and attempt.leaving and attempt.leaving.hold in entry.holds:
             self._stay(entry, attempt, attempt.leaving, event)
             return
@@ -274,24 +287,26 @@ class AttemptFlow:
         if not self._deliver(entry, told, now_s):
             return
         if event.finish:
-            self._drop(hold)
+            self._teller.drop(hold)
             self.fence(entry, "finished")
             self._complete(entry, event.finish)
         elif event.record and not ticket.local:
             decode = entry.hold_of(ticket, ticket.decode_incarnation)
             deadline_s = self._config.accept_deadline_s
-            self._tell(decode, Accept(ticket, event.record, event.first_token_id, deadline_s))
+            self._teller.tell(decode, Accept(ticket, event.record, event.first_token_id, deadline_s))
             self._limit(entry, self._config.accept_timeout_s, "accept_timeout", ticket.decode_incarnation)
 
     def _on_accepted(self, hold: Hold, attempt: Attempt, event: Accepted) -> None:
         entry, ticket, now_s = hold.entry, attempt.ticket, self._clock()
         took_s = attempt.enter(Stage.DECODING, now_s) + (entry.stats.reserve_s or 0.0)
-        if not attempt.moves:
+        if entry.is_copy:
+            took_s += entry.stats.prefill_s or 0.0
+        if entry.is_copy or not attempt.moves:
             self.learner.on_handover(ticket.prefill_incarnation, ticket.decode_incarnation, attempt.num_to_send, took_s)
         entry.stats.commit_wait_s = event.commit_wait_s
         self._workers.transfer_ended(ticket, well=True)
         self._ledger.note(entry, LifecycleEvent.ACCEPTED, now_s)
-        self._let_go(entry.hold_of(ticket, ticket.prefill_incarnation), Release(ticket))
+        self._teller.let_go(entry.hold_of(ticket, ticket.prefill_incarnation), Release(ticket))
 
     def _on_tokens(self, hold: Hold, attempt: Attempt, event: SequenceTokens) -> None:
         entry, now_s = hold.entry, self._clock()
@@ -306,20 +321,20 @@ class AttemptFlow:
         if self._deliver(entry, Told(event.token_ids, event.logprobs), now_s) and event.finish:
             attempt.enter(Stage.FINISHING, now_s)
             attempt.finish_reason = event.finish
-            self._drop(hold)
+            self._teller.drop(hold)
             self._await_figures(entry, attempt, event.finish)
 
     def _on_released(self, hold: Hold, event: Released) -> None:
         if event.transfer:
             add_transfer(hold.entry, event.transfer)
             self._ledger.note_transfer(hold.entry, hold.ticket, event.transfer)
-        self._drop(hold)
+        self._teller.drop(hold)
         if not hold.closing:
             self._fail(hold.entry, "released", "the worker let go without being told to", hold.incarnation)
 
     def _on_failed(self, hold: Hold, event: AttemptFailed) -> None:
         self._ledger.note_worker_failure(hold.entry, hold.incarnation, event.reason)
-        self._drop(hold)
+        self._teller.drop(hold)
         if not hold.closing:
             self._fail(hold.entry, event.reason, event.message, hold.incarnation)
 
@@ -335,7 +350,7 @@ class AttemptFlow:
             self.learner.on_step(incarnation, (self._clock() - last_s) / len(first.token_ids))
 
     def _prefill(self, entry: Entry, attempt: Attempt, hold: Hold, num_skipped_tokens: int) -> None:
-        self._tell(hold, Prefill(attempt.ticket, attempt.work, num_skipped_tokens, attempt.moves))
+        self._teller.tell(hold, Prefill(attempt.ticket, attempt.work, num_skipped_tokens, attempt.moves, entry.is_copy))
         self._ledger.note(entry, LifecycleEvent.PREFILL_SENT, self._clock())
 
     def _num_blocks(self, entry: Entry, incarnation: str) -> int:
@@ -361,30 +376,7 @@ class AttemptFlow:
         else:
             self._complete(entry, reason)
 
-    def _tell(self, hold: Hold, command: Reserve | Prefill | Accept) -> None:
-        hold.told = True
-        if isinstance(command, Accept):
-            self._workers.send(hold.incarnation, command)
-        else:
-            self._workers.send(hold.incarnation, *in_parts(command, self._config.prompt_part_tokens))
-
-    def _let_go(self, hold: Hold, command: Cancel | Release) -> None:
-        """Tell the worker, and wait for its word for as long as it might take its lease to run out."""
-        if not hold.told:
-            self._drop(hold)
-            return
-        hold.closing = True
-        self._workers.send(hold.incarnation, command)
-        loop = asyncio.get_running_loop()
-        hold.timer = loop.call_later(self._config.release_timeout_s, self._on_release_overdue, hold)
-
-    def _on_release_overdue(self, hold: Hold) -> None:
-        self._counts.release_timeouts += 1
-        self._ledger.note_worker_failure(hold.entry, hold.incarnation, "release_overdue")
-        self._drop(hold)
-
-    def _drop(self, hold: Hold) -> None:
-        self._ledger.drop(hold)
+    def _on_dropped(self, hold: Hold) -> None:
         attempt = hold.entry.attempt
         if attempt and attempt.ticket is hold.ticket and attempt.finish_reason and attempt.timer:
             self._complete(hold.entry, attempt.finish_reason)

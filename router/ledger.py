@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -118,6 +118,16 @@ class Attempt:
             self.timer = None
 
 
+@dataclass(slots=True)
+class Ahead:
+    """What was copied to the worker that a request is to move to: K and V of its first `num_tokens`."""
+
+    incarnation: str
+    num_tokens: int = 0
+    busy: bool = False
+    failed: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """One request, from arrival until nothing of it is left anywhere.
@@ -127,6 +137,8 @@ class Entry:
     last one gave; `stayed_s` is when one last refused what was to move there. `placement` is the current attempt's, or
     the last one's; `waits_for` is what stood in the way when it was last looked at in the queue. Tokens streamed so far
     are `request.output_token_ids`.
+
+    With `on_copied` it is no request but K and V on their way between two caches: only that is told whether they came.
     """
 
     request: Request
@@ -144,6 +156,8 @@ class Entry:
     refusals: dict[str, Load] = field(default_factory=dict)
     refusal: str = ""
     stayed_s: float = float("-inf")
+    ahead: Ahead | None = None
+    on_copied: Callable[[bool], None] | None = None
     holds: list[Hold] = field(default_factory=list)
     history: list[tuple[LifecycleEvent, float]] = field(default_factory=list)
     hashes: PromptHashes = field(default_factory=PromptHashes, repr=False)
@@ -156,6 +170,10 @@ class Entry:
 
     def hold_of(self, ticket: Ticket, incarnation: str) -> Hold:
         return next(hold for hold in self.holds if hold.ticket is ticket and hold.incarnation == incarnation)
+
+    @property
+    def is_copy(self) -> bool:
+        return self.on_copied is not None
 
     @property
     def stats(self) -> RequestStats:
@@ -208,20 +226,6 @@ class Observer(Protocol):
         """Workers or pairs came or went."""
 
 
-class Silent:
-    """Observes nothing."""
-
-    def on_event(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None: ...
-
-    def on_tokens(self, entry: Entry, num_tokens: int, gap_s: float) -> None: ...
-
-    def on_transfer(self, entry: Entry, ticket: Ticket, transfer: TransferStats) -> None: ...
-
-    def on_worker_failure(self, entry: Entry, incarnation: str, reason: str) -> None: ...
-
-    def on_cluster_change(self) -> None: ...
-
-
 class Ledger:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -236,12 +240,18 @@ class Ledger:
         self._by_transfer[entry.transfer_id] = entry
         self.note(entry, LifecycleEvent.ARRIVED, entry.arrived_s)
 
+    def open_copy(self, entry: Entry) -> None:
+        """Something is to be held for a copy; it goes when nothing is any more."""
+        entry.ended = True
+        self._by_transfer[entry.transfer_id] = entry
+
     def note(self, entry: Entry, event: LifecycleEvent, now_s: float) -> None:
         entry.history.append((event, now_s))
-        self._observer.on_event(entry, event, now_s)
+        if not entry.is_copy:
+            self._observer.on_event(entry, event, now_s)
 
     def note_tokens(self, entry: Entry, num_tokens: int, now_s: float) -> None:
-        if entry.last_token_s is not None:
+        if entry.last_token_s is not None and not entry.is_copy:
             self._observer.on_tokens(entry, num_tokens, now_s - entry.last_token_s)
         entry.last_token_s = now_s
 

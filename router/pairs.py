@@ -85,8 +85,8 @@ class Pair:
 
     @property
     def for_prompts(self) -> bool:
-        """Else it is for what is handed over alone."""
-        return self.prefill.role is not WorkerRole.DECODE
+        """Else it is for what is handed over or copied."""
+        return self.prefill.role is not WorkerRole.DECODE and self.decode.role is not WorkerRole.PREFILL
 
     @property
     def known(self) -> bool:
@@ -131,11 +131,11 @@ class PairTable:
     def add(self, hello: WorkerHello, others: Iterable[WorkerHello], now_s: float) -> None:
         """A worker has connected: pair it with every other, in each direction that their roles allow.
 
-        Two that decode are paired as well, for what one may have to hand over to the other.
+        The other directions are for K and V that are there already: of what is handed over, or copied for a prompt.
         """
         for other in others:
             for prefill, decode in ((hello, other), (other, hello)):
-                if decode.role is not WorkerRole.PREFILL:
+                if not prefill.role is decode.role is WorkerRole.PREFILL:
                     self._pairs[prefill.incarnation, decode.incarnation] = Pair(prefill, decode, due_s=now_s)
         self._room_changed = True
 

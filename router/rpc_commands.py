@@ -34,11 +34,15 @@ def command_to_wire(command: Command) -> pb.Command:
             )
         case PromptPart(ticket, offset, token_ids):
             return pb.Command(prompt_part=pb.PromptPart(ticket=_ticket(ticket), offset=offset, token_ids=token_ids))
-        case Reserve(ticket, work):
-            return pb.Command(reserve=pb.Reserve(ticket=_ticket(ticket), work=_work(work)))
-        case Prefill(ticket, work, num_skipped, handover):
+        case Reserve(ticket, work, copy):
+            return pb.Command(reserve=pb.Reserve(ticket=_ticket(ticket), work=_work(work), copy=copy))
+        case Prefill(ticket, work, num_skipped, handover, copy):
             wire = pb.Prefill(
-                ticket=_ticket(ticket), work=_work(work), num_skipped_tokens=num_skipped, handover=handover
+                ticket=_ticket(ticket),
+                work=_work(work),
+                num_skipped_tokens=num_skipped,
+                handover=handover,
+                copy=copy,
             )
             return pb.Command(prefill=wire)
         case Accept():

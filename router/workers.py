@@ -177,7 +177,7 @@ class Workers:
         return tuple(incarnation for incarnation, worker in self._connected.items() if worker.draining)
 
     def ways_out(self, incarnation: str, state: PairState) -> tuple[Route, ...]:
-        """Pairs in that state by which the worker can hand over what it decodes."""
+        """Pairs in that state by which the worker can send what it has in its cache."""
         pairs = (pair for pair in self._pairs if pair.prefill.incarnation == incarnation and pair.state is state)
         return tuple(Route(*pair.key, pair.epoch) for pair in pairs)
 

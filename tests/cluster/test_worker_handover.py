@@ -25,6 +25,8 @@ from core.messages import (
     Work,
     WorkerRole,
 )
+from core.request import FinishReason
+from core.sampling import SamplingParams
 from core.ticket import Ticket
 from tests.cluster.running_worker import (
     WAIT_S,
@@ -89,6 +91,14 @@ def continued(the_work: Work, token_ids: list[int]) -> Work:
     return replace(the_work, token_ids=(*the_work.token_ids, *token_ids))
 
 
+def alone(the_work: Work) -> list[int]:
+    running = Running("m", WorkerRole.MIXED)
+    try:
+        return generate_locally(Router(running), the_work)
+    finally:
+        running.close()
+
+
 def decode_some(trio: Trio, ticket: Ticket, the_work: Work, num_tokens: int) -> list[int]:
     """The request decodes on worker a; its tokens, at least so many."""
     token_ids = [begin(trio.routers["p"], trio.routers["a"], ticket, the_work)]
@@ -128,11 +138,7 @@ def test_a_request_that_moves_writes_what_it_writes_alone(trio: Trio, way: int) 
         token_ids += [prefilled.first_token_id, *rest(trio.routers["b"], second.key)]
         for router in trio.routers.values():
             router.until_idle()
-        alone = Running("m", WorkerRole.MIXED)
-        try:
-            assert generate_locally(Router(alone), the_work) == token_ids
-        finally:
-            alone.close()
+        assert token_ids == alone(the_work)
 
 
 def test_a_second_move_back_sends_only_what_is_new(trio: Trio) -> None:
@@ -151,11 +157,7 @@ def test_a_second_move_back_sends_only_what_is_new(trio: Trio) -> None:
     reserved, prefilled = hand_over(there_and_back, tickets[2], continued(the_work, token_ids))
     assert reserved.num_skipped_tokens >= 64
     token_ids += [prefilled.first_token_id, *rest(trio.routers["a"], tickets[2].key)]
-    alone = Running("m", WorkerRole.MIXED)
-    try:
-        assert generate_locally(Router(alone), the_work) == token_ids
-    finally:
-        alone.close()
+    assert token_ids == alone(the_work)
 
 
 def test_a_decode_worker_takes_no_other_prompts(trio: Trio) -> None:
@@ -188,3 +190,71 @@ def test_a_draining_worker_hands_over_what_it_decodes_and_ends() -> None:
     finally:
         for each in running.values():
             each.close()
+
+
+# ---- copies
+
+COPY = SamplingParams(max_tokens=2, temperature=0.0)
+
+
+def copy(trio: Trio, sender: str, receiver: str, the_work: Work, num_tokens: int, epoch: int = 1) -> Reserved:
+    """The first tokens' K and V, from one cache to the other, as a router says it."""
+    ticket = Ticket("copy", 1, new_name(), sender, receiver, epoch)
+    what = Work(the_work.token_ids[: num_tokens + 1], num_tokens + 1, COPY, 0, the_work.cache_salt)
+    kept = replace(what, sampling=replace(COPY, max_tokens=1))
+    to, fro = trio.routers[receiver], trio.routers[sender]
+    to.say(Reserve(ticket, kept, copy=True))
+    reserved = to.next(Reserved, ticket.key)
+    fro.say(Prefill(ticket, what, reserved.num_skipped_tokens, handover=True, copy=True))
+    prefilled = fro.next(Prefilled, ticket.key)
+    assert prefilled.record is not None
+    to.say(Accept(ticket, prefilled.record, prefilled.first_token_id, WAIT_S))
+    to.next(Accepted, ticket.key)
+    assert [sequence.finish for sequence in to.tokens(ticket.key)] == [FinishReason.LENGTH]
+    fro.say(Release(ticket))
+    fro.next(Released, ticket.key)
+    return reserved
+
+
+def test_what_went_ahead_need_not_go_with_the_request(trio: Trio) -> None:
+    the_work, name = work(prompt_of(200), 300), new_name()
+    first, second = Ticket("r", 1, name, "p", "a", 1), Ticket("r", 2, name, "a", "b", 1)
+    token_ids = decode_some(trio, first, the_work, 5)
+    assert copy(trio, "a", "b", the_work, 96).num_skipped_tokens == 0
+    assert copy(trio, "a", "b", the_work, 192).num_skipped_tokens == 96
+    for sequence in trio.routers["a"].tokens(first.key):
+        token_ids += sequence.token_ids
+        if len(token_ids) > 20:
+            break
+    reserved, prefilled = hand_over(trio, second, continued(the_work, token_ids))
+    assert reserved.num_skipped_tokens == 192
+    token_ids += [prefilled.first_token_id, *rest(trio.routers["b"], second.key)]
+    assert token_ids == alone(the_work)
+
+
+def test_a_prefill_worker_gets_back_what_a_decode_worker_wrote(trio: Trio) -> None:
+    """The next turn of a conversation: prompt, answer, and what the user says to that."""
+    trio.connect("a", "p", 1)
+    asked, name = work(prompt_of(100), 60, salt="chat"), new_name()
+    answer = [begin(trio.routers["p"], trio.routers["a"], Ticket("r", 1, name, "p", "a", 1), asked)]
+    answer += rest(trio.routers["a"], (name, 1))
+    turn = work((*asked.token_ids, *answer, *prompt_of(30, first=77)), 20, salt="chat")
+    copy(trio, "a", "p", turn, 144)
+    ticket = Ticket("s", 1, new_name(), "p", "a", 1)
+    trio.routers["a"].say(Reserve(ticket, turn))
+    skipped = trio.routers["a"].next(Reserved, ticket.key).num_skipped_tokens
+    trio.routers["p"].say(Prefill(ticket, turn, skipped))
+    prefilled = trio.routers["p"].next(Prefilled, ticket.key)
+    assert prefilled.num_cached_tokens == 144
+    assert prefilled.record is not None
+    trio.routers["a"].say(Accept(ticket, prefilled.record, prefilled.first_token_id, WAIT_S))
+    assert [prefilled.first_token_id, *rest(trio.routers["a"], ticket.key)] == alone(turn)
+    trio.routers["p"].say(Release(ticket))
+    trio.routers["p"].next(Released, ticket.key)
+
+
+def test_what_is_not_cached_is_not_copied(trio: Trio) -> None:
+    ticket, the_work = Ticket("copy", 1, new_name(), "a", "b", 1), work(prompt_of(40))
+    trio.routers["a"].say(Prefill(ticket, the_work, 0, handover=True, copy=True))
+    assert trio.routers["a"].failure(ticket.key) == "not_cached"
+    trio.routers["a"].until_idle()

@@ -9,7 +9,8 @@ import pytest
 from core.errors import IntegrityError
 from core.messages import Work
 from core.ticket import Ticket
-from router.ledger import Attempt, Entry, Ledger, Silent, Stage, Usage
+from router.ledger import Attempt, Entry, Ledger, Stage, Usage
+from router.silent import Silent
 from tests.router.test_admission import entry
 
 GRANTED = {"p": 2, "d": 2}

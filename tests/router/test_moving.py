@@ -27,10 +27,11 @@ class Scene:
         self.world, self.prefill, self.decodes = world, prefill, decodes
         self.streamed: list[int] = []
 
-    async def start(self) -> RequestStream:
+    async def start(self, prompt: list[int] = PROMPT) -> RequestStream:
         for decode in self.decodes:
             decode.script.steps = 4
-        stream = self.world.submit(PROMPT, NUM_TOKENS, request_id="r")
+        self.prompt = prompt
+        stream = self.world.submit(prompt, NUM_TOKENS, request_id="r")
         self.streamed = await read_some(stream, 5)
         self.here = next(decode for decode in self.decodes if decode.held)
         self.there = next((decode for decode in self.decodes if decode is not self.here), self.here)
@@ -47,7 +48,7 @@ class Scene:
     async def finish(self, stream: RequestStream) -> None:
         self.let_decode()
         rest, finish = await read(stream)
-        assert self.streamed + rest == continuation(PROMPT, NUM_TOKENS)
+        assert self.streamed + rest == continuation(self.prompt, NUM_TOKENS)
         assert finish is FinishReason.LENGTH
         await self.world.idle()
 
@@ -195,3 +196,71 @@ async def test_a_failed_handover_is_computed_anew() -> None:
         await s.here.until_received("prefill")
         await s.finish(stream)
         assert stream.stats.num_attempts == 2
+
+
+# ---- what goes ahead
+
+
+LONG = [1 + i % 50 for i in range(4000)]
+
+
+async def test_a_long_request_decodes_on_while_its_blocks_go_ahead_piece_by_piece() -> None:
+    async with scene() as s:
+        stream = await s.start(LONG)
+        s.there.pause("accept")
+        s.drain()
+        await s.there.until_received("accept")
+        s.here.decode_to(9)
+        s.streamed += await read_some(stream, 5)
+        s.there.resume("accept")
+        await s.there.until_received("accept", 3)
+        reserves = s.there.commands("reserve")
+        lengths = [sum(len(part) for part in parts(s.there, reserve)) for reserve in reserves]
+        assert [reserve.copy for reserve in reserves] == [True, True, False]
+        assert lengths == [2048 + 1, (4000 + 5) // 16 * 16 + 1, 4000 + 10]
+        assert [p.copy for p in s.here.commands("prefill")] == [True, True, False]
+        await s.finish(stream)
+        assert stream.stats.num_attempts == 1
+        assert s.world.seen.of("r").count("moved") == 1
+        assert {name for name, _ in s.world.seen.events} == {"r"}  # nobody hears of copies
+
+
+def parts(worker: FakeWorker, reserve: pb.Reserve) -> list[list[int]]:
+    ahead = [p.token_ids for p in worker.commands("prompt_part") if p.ticket == reserve.ticket]
+    return [*ahead, list(reserve.work.token_ids)]
+
+
+@pytest.mark.parametrize("command", ["reserve", "prefill", "accept"])
+async def test_what_fails_to_go_ahead_goes_with_the_request(command: str) -> None:
+    async with scene() as s:
+        stream = await s.start(LONG)
+        asked = s.here if command == "prefill" else s.there
+        asked.script.fail[command] = 1
+        s.drain()
+        await s.there.until(lambda: any(not reserve.copy for reserve in s.there.commands("reserve")))
+        await s.finish(stream)
+        assert stream.stats.num_attempts == 1
+
+
+@pytest.mark.parametrize("command", ["reserve", "prefill", "accept"])
+async def test_a_request_that_ends_while_its_blocks_go_ahead_leaves_nothing(command: str) -> None:
+    async with scene() as s:
+        stream = await s.start(LONG)
+        asked = s.here if command == "prefill" else s.there
+        asked.pause(command)
+        s.drain()
+        await asked.until_received(command)
+        stream.cancel()
+        asked.resume(command)
+        await s.world.idle()
+
+
+async def test_a_worker_that_is_lost_while_blocks_go_ahead_fails_nobody_else() -> None:
+    async with scene() as s:
+        stream = await s.start(LONG)
+        s.there.pause("accept")
+        s.drain()
+        await s.there.until_received("accept")
+        await s.there.kill()
+        await s.finish(stream)
+        assert stream.stats.num_attempts == 1

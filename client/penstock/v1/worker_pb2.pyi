@@ -619,6 +619,9 @@ class Reserve(google.protobuf.message.Message):
 
     TICKET_FIELD_NUMBER: builtins.int
     WORK_FIELD_NUMBER: builtins.int
+    COPY_FIELD_NUMBER: builtins.int
+    copy: builtins.bool
+    """what comes is kept in the cache, and nothing decoded: taken in every role"""
     @property
     def ticket(self) -> Global___Ticket: ...
     @property
@@ -628,9 +631,10 @@ class Reserve(google.protobuf.message.Message):
         *,
         ticket: Global___Ticket | None = ...,
         work: Global___Work | None = ...,
+        copy: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ticket", b"ticket", "work", b"work"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ticket", b"ticket", "work", b"work"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["copy", b"copy", "ticket", b"ticket", "work", b"work"]) -> None: ...
 
 Global___Reserve: typing_extensions.TypeAlias = Reserve
 
@@ -644,9 +648,12 @@ class Prefill(google.protobuf.message.Message):
     WORK_FIELD_NUMBER: builtins.int
     NUM_SKIPPED_TOKENS_FIELD_NUMBER: builtins.int
     HANDOVER_FIELD_NUMBER: builtins.int
+    COPY_FIELD_NUMBER: builtins.int
     num_skipped_tokens: builtins.int
     handover: builtins.bool
     """the worker decodes the request now, and another shall go on: taken in every role, and while draining"""
+    copy: builtins.bool
+    """fails unless all but the last token are in the cache"""
     @property
     def ticket(self) -> Global___Ticket: ...
     @property
@@ -658,9 +665,10 @@ class Prefill(google.protobuf.message.Message):
         work: Global___Work | None = ...,
         num_skipped_tokens: builtins.int = ...,
         handover: builtins.bool = ...,
+        copy: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ticket", b"ticket", "work", b"work"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["handover", b"handover", "num_skipped_tokens", b"num_skipped_tokens", "ticket", b"ticket", "work", b"work"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["copy", b"copy", "handover", b"handover", "num_skipped_tokens", b"num_skipped_tokens", "ticket", b"ticket", "work", b"work"]) -> None: ...
 
 Global___Prefill: typing_extensions.TypeAlias = Prefill
 
