@@ -22,7 +22,7 @@ from cluster.cluster import Cluster
 from cluster.config import ClusterConfig, PoolConfig
 from engine.config import EngineConfig
 from penstock import Client
-from router.config import RouterConfig
+from router.config import PlacementConfig, RouterConfig
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "penstock-tiny"
 NUM_STREAMS = 32
@@ -88,7 +88,7 @@ def recovery_rows() -> list[Row]:
         log_level="error",
         decode=PoolConfig(num_workers=2),
         engine=EngineConfig(num_threads=1, device="cpu"),
-        router=RouterConfig(grpc_port=0, http_port=0),
+        router=RouterConfig(grpc_port=0, http_port=0, placement=PlacementConfig(disaggregate="require")),
     )
     given = prompts(NUM_STREAMS, 64)
     with Cluster(config) as cluster, Client(cluster.endpoints.grpc, timeout_s=300) as client:

@@ -20,7 +20,7 @@ from core.messages import CacheChanged, WorkerRole
 from router.policies import make_policy
 from router.policies.fleet import Fleet, KindKey
 from router.policies.model import CacheKind, Need, Placement, Tuning
-from router.policies.search import place
+from router.policies.place import place
 
 POLICIES = ("round_robin", "least_loaded", "power_of_two", "prefix_aware", "slo_aware", "cost_aware", "mixed_pool")
 NUM_WORKERS, NUM_BLOCKS = 1000, 100_000

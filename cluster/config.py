@@ -74,6 +74,10 @@ class ClusterConfig:
         for role in ("prefill", "decode"):
             if not getattr(self, role).num_workers and not self.mixed.num_workers:
                 raise ConfigError(f"{role}.num_workers", 0, "must be >= 1, or mixed.num_workers must be")
+        num_workers = self.prefill.num_workers + self.decode.num_workers + self.mixed.num_workers
+        if self.router.placement.disaggregate == "require" and num_workers < 2:
+            fix = "must be prefer or local with one worker, for it takes two"
+            raise ConfigError("router.placement.disaggregate", "require", fix)
         if self.ray_address is not None and self.launcher != "ray":
             raise ConfigError("ray_address", self.ray_address, f"must be left out with launcher {self.launcher!r}")
 

@@ -19,7 +19,7 @@ from core.errors import UnavailableError
 from penstock import Client
 from penstock.errors import PenstockError as ClientError
 from penstock.types import Stats
-from router.config import RouterConfig
+from router.config import PlacementConfig, RouterConfig
 
 if TYPE_CHECKING:
     from cluster.cli import Demo
@@ -52,7 +52,9 @@ def demo(command: Demo) -> int:
     started_at = time.monotonic()
     console = Console(stderr=True, quiet=command.json)
     config = ClusterConfig(
-        model=command.model, launcher=command.launcher, router=RouterConfig(grpc_port=0, http_port=0)
+        model=command.model,
+        launcher=command.launcher,
+        router=RouterConfig(grpc_port=0, http_port=0, placement=PlacementConfig(disaggregate="require")),
     )
     console.print(
         f"Starting a router, a prefill worker and a decode worker ({command.launcher}) for [b]{config.model_name}[/b]"

@@ -202,6 +202,7 @@ def worker_hello_message(hello: WorkerHello) -> worker_pb2.WorkerMessage:
             kv_address=hello.kv_address,
             device=hello.device,
             max_pairs=hello.max_pairs,
+            runs_alone=hello.runs_alone,
         )
     )
 

@@ -307,10 +307,11 @@ class Worker:
         mine = ticket.decode_incarnation if isinstance(command, Reserve) else ticket.prefill_incarnation
         if mine != me:
             return AttemptFailed(ticket.key, "wrong_incarnation", f"the ticket is for worker {mine}, this is {me}")
-        needed = WorkerRole.DECODE if isinstance(command, Reserve) else WorkerRole.PREFILL
+        decodes = isinstance(command, Reserve) or ticket.local  # who decodes may read a prompt itself
+        needed = WorkerRole.DECODE if decodes else WorkerRole.PREFILL
         hands_over = isinstance(command, Prefill) and command.handover and not ticket.local
         in_every_role = hands_over or (isinstance(command, Reserve) and command.copy)
-        if self._role is not WorkerRole.MIXED and (ticket.local or self._role is not needed) and not in_every_role:
+        if self._role not in (WorkerRole.MIXED, needed) and not in_every_role:
             return AttemptFailed(ticket.key, "wrong_role", f"a {self._role.value} worker does not do this")
         if any(key[0] == ticket.transfer_id and key[1] > ticket.attempt for key in self._keys()):
             return AttemptFailed(ticket.key, "stale_attempt", "a later attempt is here already")

@@ -20,7 +20,7 @@ from cluster.spec import WorkerSpec
 from cluster.steps import StepHook, pass_by
 from cluster.worker import FromRouter, SessionClosed, SessionOpened, Stop, Worker
 from core.clock import Clock
-from core.messages import Drain, WorkerHello
+from core.messages import Drain, WorkerHello, WorkerRole
 from engine.engine import Engine
 from engine.kv_storage import KVStorage
 from kv_transfer.config import TransferConfig
@@ -109,6 +109,7 @@ class WorkerProcess:
             kv_address=self._kv.address,
             device=str(self._engine.storage.device),
             max_pairs=spec.transfer.max_pairs,
+            runs_alone=spec.role is not WorkerRole.PREFILL,
         )
         servicer = WorkerService(
             hello,

@@ -35,7 +35,7 @@ class RouterHello:
 @dataclass(frozen=True, slots=True)
 class WorkerHello:
     """`credits`: requests the session may have on the worker at once. `kv_address`: where pairs with it meet, of which
-    it has room for `max_pairs`."""
+    it has room for `max_pairs`. `runs_alone`: it takes local tickets, whatever its role."""
 
     worker_id: str
     incarnation: str
@@ -47,6 +47,7 @@ class WorkerHello:
     kv_address: str
     device: str
     max_pairs: int
+    runs_alone: bool = False
     wire_version: int = WIRE_VERSION
 
 

@@ -5,11 +5,23 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal, cast, get_args
 
-from core.errors import IntegrityError
+from core.errors import IntegrityError, InvalidRequestError
 from core.kv_layout import WireDtype
 from core.logprobs import TokenLogprobs
 from core.sampling import SamplingParams
+
+Disaggregation = Literal["require", "prefer", "local"]
+"""Prefill and decode on two workers: always, unless one alone is predicted to cost less, or never."""
+
+
+def disaggregation(name: str) -> Disaggregation:
+    """`InvalidRequestError` where it is none."""
+    for known in get_args(Disaggregation):
+        if known == name:
+            return cast("Disaggregation", known)
+    raise InvalidRequestError("disaggregate", name, f"must be one of {', '.join(get_args(Disaggregation))}")
 
 
 class FinishReason(Enum):
@@ -77,6 +89,7 @@ class Request:
     finish_reason: FinishReason | None = None
     cache_salt: str = ""
     kv_wire_dtype: WireDtype = "auto"
+    disaggregate: Disaggregation = "prefer"
     priority: int = 0
     user: str = ""
     traceparent: str = ""

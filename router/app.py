@@ -105,7 +105,7 @@ class RouterApp:
         )
         self.metrics.watch_cluster(lambda: cluster_sample(self.dispatcher.info()))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-        self._validator = Validator(model, tokenizer, draw_bits, config.kv_wire_dtype)
+        self._validator = Validator(model, tokenizer, draw_bits, config.kv_wire_dtype, config.placement.disaggregate)
         self._generator = Generator(
             model=model.name,
             dispatcher=self.dispatcher,

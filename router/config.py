@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from core.errors import ConfigError
 from core.kv_layout import WireDtype
+from core.request import Disaggregation
 from router.policies import POLICIES
 from router.policies.model import Tuning
 from text.tools.formats import FormatName
@@ -115,6 +116,9 @@ class PlacementConfig:
     """round_robin; least_loaded: done first, as predicted; power_of_two: the better of two drawn; prefix_aware (also
     cache_aware): weighs cached prefixes against queues; slo_aware: the fullest that meets the targets; cost_aware: the
     cheapest that is fast enough; mixed_pool: mixed workers only for what dedicated ones can't take in time."""
+    disaggregate: Disaggregation = "prefer"
+    """Prefill and decode on two workers, for requests that don't say: require; prefer: unless one alone is predicted to
+    cost less, which short and cached prompts do; local: always on one."""
     slo_ttft_s: float | None = None
     """Target for the time to the first token, in seconds; requests predicted to miss it are refused at once."""
     slo_itl_s: float | None = None
@@ -132,6 +136,9 @@ class PlacementConfig:
         path = "router.placement"
         if self.policy not in POLICIES:
             raise ConfigError(f"{path}.policy", self.policy, f"must be one of {', '.join(POLICIES)}")
+        if self.disaggregate not in get_args(Disaggregation):
+            fix = f"must be one of {', '.join(get_args(Disaggregation))}"
+            raise ConfigError(f"{path}.disaggregate", self.disaggregate, fix)
         for name in ("slo_ttft_s", "slo_itl_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

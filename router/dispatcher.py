@@ -30,7 +30,8 @@ from router.ledger import Counts, Entry, Failure, Ledger, Observer
 from router.moving import Mover
 from router.policies import make_policy
 from router.policies.model import Need, Placement
-from router.policies.search import can_ever, place, soonest_s, wish
+from router.policies.place import place
+from router.policies.search import can_ever, soonest_s, wish
 from router.silent import Silent
 from router.stream import RequestStream
 from router.workers import Workers
@@ -129,7 +130,7 @@ class Dispatcher:
 
     @property
     def can_serve(self) -> bool:
-        return self._workers.has_route
+        return self._fleet.longest_route(self._placement.disaggregate) > 0
 
     @property
     def max_model_len(self) -> int | None:
@@ -163,7 +164,7 @@ class Dispatcher:
         now_s, slo_s = self._clock(), self._placement.slo_ttft_s
         claim = self._claim(request, now_s, timeout_s)
         self._door.check_room(claim, now_s)
-        if slo_s is not None and self._workers.has_route:
+        if slo_s is not None and self._fleet.longest_route(request.disaggregate):
             self._book()
             self._door.check_slo(claim, soonest_s(request.num_tokens, self._fleet), slo_s, now_s)
 
@@ -229,7 +230,7 @@ class Dispatcher:
 
     def _wish(self, entry: Entry) -> None:
         """A pair without a channel that has room for the request is connected, for this one or the next."""
-        if not self._workers.any_idle_pair:
+        if entry.request.disaggregate == "local" or not self._workers.any_idle_pair:
             return
         route = wish(self._need(entry), self._fleet, self._workers.is_idle)
         if route is not None:
@@ -264,6 +265,7 @@ class Dispatcher:
             hashes=entry.hashes.of(request, self._fleet.cache_kinds) if len(self._fleet.caches) else {},
             ttft_s=ttft_s,
             itl_s=config.slo_itl_s,
+            mode=request.disaggregate,
         )
 
     def _book(self) -> None:
@@ -290,7 +292,10 @@ class Dispatcher:
         self._observer.on_cluster_change()
 
     def _give_up(self, entry: Entry) -> None:
-        problem = self._workers.problem() or f"no connected worker can hold {entry.num_tokens} tokens"
+        problem = (
+            self._workers.problem(entry.request.disaggregate)
+            or f"no connected worker can hold {entry.num_tokens} tokens"
+        )
         self._end(entry, error=UnavailableError(f"waited {self._config.unavailable_timeout_s:g} s, but {problem}"))
 
     # ---- ends

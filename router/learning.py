@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from router.policies.fleet import Fleet, Worker
+from collections import Counter
+
+from router.policies.fleet import Fleet, Kind, Worker
+
+NUM_OWN_READINGS = 4
+"""From so many on, a kind of worker goes by what was measured of itself alone."""
 
 
 class Learner:
@@ -10,6 +15,7 @@ class Learner:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
+        self._num_read: Counter[Kind] = Counter()
 
     def num_tokens_ahead(self, incarnation: str) -> int:
         """That a worker has to read before a prompt that comes now."""
@@ -19,7 +25,13 @@ class Learner:
     def on_prefilled(self, incarnation: str, num_tokens: int, took_s: float) -> None:
         """A prompt was read, `num_tokens` with those ahead of it and without those cached."""
         if worker := self._worker(incarnation):
-            worker.kind.prefill.observe(num_tokens, took_s)
+            kind = worker.kind
+            self._num_read[kind] += 1
+            kind.prefill.observe(num_tokens, took_s)
+            for other in self._fleet.kinds.values():  # those who never read go by others on the same hardware
+                same = other is not kind and other.key.device == kind.key.device
+                if same and self._num_read[other] < NUM_OWN_READINGS:
+                    other.prefill.observe(num_tokens, took_s)
 
     def on_step(self, incarnation: str, took_s: float) -> None:
         """A token came so long after the one before."""

@@ -110,6 +110,7 @@ class Body(Fields):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     kv_wire_dtype: str | None = None
+    disaggregate: str | None = None
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -209,6 +210,7 @@ class Body(Fields):
                 default_max_tokens=default_max_tokens,
                 cache_salt=self.cache_salt or "",
                 kv_wire_dtype=self.kv_wire_dtype or "",
+                disaggregate=self.disaggregate or "",
                 priority=self.priority or 0,
                 user=self.user or "",
                 add_special_tokens=self.add_special_tokens,

@@ -40,6 +40,7 @@ LIMITS: Mapping[str, Json] = {
     "request_id": _NAME,
     "cache_salt": _NAME,
     "kv_wire_dtype": {"enum": ["auto", "int8", ""]},
+    "disaggregate": {"enum": ["require", "prefer", "local", ""]},
     "logit_bias": {
         "maxProperties": MAX_TOKEN_IDS,
         "propertyNames": {"pattern": "^[0-9]+$"},

@@ -90,6 +90,7 @@ def _hello(hello: pb.WorkerHello) -> WorkerHello:
         kv_address=hello.kv_address,
         device=hello.device,
         max_pairs=hello.max_pairs,
+        runs_alone=hello.runs_alone,
         wire_version=hello.wire_version,
     )
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from core.errors import InvalidRequestError, UnknownModelError
 from core.kv_layout import WireDtype, wire_dtype
 from core.model_info import ModelInfo
-from core.request import Request
+from core.request import Disaggregation, Request, disaggregation
 from core.sampling import SamplingParams
 from core.trace_context import child_of
 from text.chat_template import Chat
@@ -70,7 +70,7 @@ Prompt = str | tuple[int, ...] | Chat
 @dataclass(frozen=True, slots=True)
 class GenerateInput:
     """One request as it came. An empty `model` means the served one; an empty `request_id` is drawn; an empty
-    `kv_wire_dtype` is the router's.
+    `kv_wire_dtype` or `disaggregate` is the router's.
 
     `default_max_tokens` holds where `max_tokens` is unset, as far as the model's length leaves so much. `priority` is
     for the queue: lower goes first. `user` is whom the client asks for. `traceparent` is ignored where
@@ -85,6 +85,7 @@ class GenerateInput:
     default_max_tokens: int | None = None
     cache_salt: str = ""
     kv_wire_dtype: str = ""
+    disaggregate: str = ""
     priority: int = 0
     user: str = ""
     traceparent: str = ""
@@ -107,7 +108,7 @@ class Validator:
     """Checks requests for one served model.
 
     `draw_bits(k)` is the source of randomness: k random bits as an integer. It makes seeds and request ids.
-    `kv_wire_dtype` is that of requests which don't say.
+    `kv_wire_dtype` and `disaggregate` are those of requests which don't say.
     """
 
     def __init__(
@@ -116,8 +117,9 @@ class Validator:
         tokenizer: Tokenizer,
         draw_bits: Callable[[int], int],
         kv_wire_dtype: WireDtype = "auto",
+        disaggregate: Disaggregation = "prefer",
     ) -> None:
-        self._model, self._kv_wire_dtype = model, kv_wire_dtype
+        self._model, self._kv_wire_dtype, self._disaggregate = model, kv_wire_dtype, disaggregate
         self._tokenizer = tokenizer
         self._draw_bits = draw_bits
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
@@ -152,6 +154,7 @@ class Validator:
         if wanted.truncate_prompt_tokens is not None and wanted.truncate_prompt_tokens < 1:
             raise InvalidRequestError("truncate_prompt_tokens", wanted.truncate_prompt_tokens, "must be >= 1")
         wire_dtype(wanted.kv_wire_dtype or self._kv_wire_dtype)
+        disaggregation(wanted.disaggregate or self._disaggregate)
         timeout_s = wanted.timeout_s
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
             raise InvalidRequestError("timeout_s", timeout_s, "must be a finite number of seconds > 0")
@@ -211,6 +214,7 @@ class Validator:
             sampling,
             cache_salt=wanted.cache_salt,
             kv_wire_dtype=wire_dtype(wanted.kv_wire_dtype or self._kv_wire_dtype),
+            disaggregate=disaggregation(wanted.disaggregate or self._disaggregate),
             priority=wanted.priority,
             user=wanted.user,
             traceparent=child_of(wanted.traceparent, self._draw_bits) if wanted.traceparent else "",

@@ -24,6 +24,7 @@ from core.messages import (
     WorkerHello,
     WorkerRole,
 )
+from core.request import Disaggregation
 from core.ticket import Ticket
 from router.config import SessionConfig
 from router.info import PairInfo, WorkerInfo
@@ -161,10 +162,6 @@ class Workers:
         return tuple(self.fleet.routes())
 
     @property
-    def has_route(self) -> bool:
-        return next(self.fleet.routes(), None) is not None
-
-    @property
     def any_idle_pair(self) -> bool:
         """Whether some pair could be connected that is not, for nobody has needed it yet; `want` connects one."""
         return self._pairs.any_idle
@@ -216,9 +213,9 @@ class Workers:
         worker = self._by_id.get(worker_id)
         return worker.flush() if worker else None
 
-    def problem(self) -> str:
-        """Why no request can be served, in a clause; empty where one can."""
-        if self.has_route:
+    def problem(self, mode: Disaggregation) -> str:
+        """Why no request of that mode can be served, in a clause; empty where one can."""
+        if self.fleet.longest_route(mode):
             return ""
         reasons = [pair.reason for pair in self._pairs if pair.reason and pair.for_prompts]
         if reasons:
@@ -307,7 +304,8 @@ class Workers:
         worker.session, worker.problem, worker.draining = session, "", False
         worker.load = Load(num_free_blocks=hello.num_blocks)
         layout = hello.layout
-        key = KindKey(hello.role, hello.device, (layout.contents, layout.block_size), hello.max_model_len)
+        cache = layout.contents, layout.block_size
+        key = KindKey(hello.role, hello.device, cache, hello.max_model_len, hello.runs_alone)
         self.fleet.add(hello.incarnation, key, hello.credits, hello.num_blocks)
         self._pairs.add(hello, [other for other, _ in self.connected()], self._clock())
         self._connected[hello.incarnation] = worker

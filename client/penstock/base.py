@@ -152,6 +152,7 @@ class ClientBase(ABC, Generic[G_co, B_co]):
         request_id: str | None = None,
         cache_salt: str = "",
         kv_wire_dtype: str = "",
+        disaggregate: str = "",
         priority: int = 0,
         user: str = "",
         metadata: Sequence[tuple[str, str]] = (),
@@ -163,8 +164,9 @@ class ClientBase(ABC, Generic[G_co, B_co]):
         greedy; the text ends before the first of `stop`. `request_id` makes the generation known to `cancel`; an empty
         `model` is the one that is served. Requests share what the server has cached of prompts only under one
         `cache_salt`. `kv_wire_dtype` "int8" lets the server round K and V where it carries them from worker to worker,
-        "auto" forbids it. Requests of a lower `priority` go first; `user` is whom the client asks for. `metadata` is
-        sent with this call alone, such as a W3C `traceparent`.
+        "auto" forbids it. `disaggregate` says whether prefill and decode run on two workers: "require", "prefer" (the
+        server weighs it) or "local"; empty leaves it to the server. Requests of a lower `priority` go first; `user` is
+        whom the client asks for. `metadata` is sent with this call alone, such as a W3C `traceparent`.
         Raises `InvalidRequestError` here for what can't be sent; all other errors come out of the generation.
         """
         limit_s = self.timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
@@ -176,6 +178,7 @@ class ClientBase(ABC, Generic[G_co, B_co]):
                 "timeout_s": timeout_s if limit_s < math.inf else None,
                 "cache_salt": cache_salt,
                 "kv_wire_dtype": kv_wire_dtype,
+                "disaggregate": disaggregate,
                 "priority": priority,
                 "user": user,
             },
@@ -198,6 +201,7 @@ class ClientBase(ABC, Generic[G_co, B_co]):
         timeout_s: float | None = None,
         cache_salt: str = "",
         kv_wire_dtype: str = "",
+        disaggregate: str = "",
         priority: int = 0,
         user: str = "",
         metadata: Sequence[tuple[str, str]] = (),
@@ -213,6 +217,7 @@ class ClientBase(ABC, Generic[G_co, B_co]):
             "timeout_s": timeout_s if limit_s < math.inf else None,
             "cache_salt": cache_salt,
             "kv_wire_dtype": kv_wire_dtype,
+            "disaggregate": disaggregate,
             "priority": priority,
             "user": user,
         }

@@ -25,7 +25,7 @@ class CostAware:
     def choose(self, search: Search, rng: random.Random) -> Choice | None:  # noqa: ARG002 - nothing is drawn
         fleet = search.fleet
         writers = [self._writers(search, lane) for lane in search.lanes(fleet.decode_lanes)]
-        both = [self._both(search, lane) for lane in search.lanes(fleet.local_lanes)]
+        both = [self._both(search, lane) for lane in search.local_lanes]
         choice = search.cheapest(
             [self._readers(search, lane).of(search, with_room=False) for lane in search.lanes(fleet.prefill_lanes)],
             lambda _: [offer.of(search, with_room=True) for offer in writers],

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from core.messages import CacheChanged, WorkerRole
+from core.request import Disaggregation
 from router.policies.cache_map import CacheMap
 from router.policies.model import CacheKind, Route
 from router.policies.speeds import Average, Line
@@ -32,6 +33,7 @@ class KindKey:
     device: str
     cache: CacheKind
     max_model_len: int
+    runs_alone: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +48,8 @@ class Kind:
     role: WorkerRole
     block_size: int
     max_model_len: int
+    alone: bool
+    """Its workers can do both halves of a request."""
     prefill: Line = field(default_factory=lambda: Line(*PREFILL_LINE))
     step: Line = field(default_factory=lambda: Line(*STEP_LINE))
     links: dict[Kind, Line] = field(default_factory=dict)
@@ -133,14 +137,15 @@ class Fleet:
         self._upstream: dict[str, dict[str, int]] = {}  # the same, by decode and prefill worker
         self._num_pairs: Counter[tuple[Kind, Kind]] = Counter()  # between workers that take work
         self._moved: set[str] = set()
-        self._longest = (-1, 0)  # with the version that it is of
+        self._longest: dict[Disaggregation, tuple[int, int]] = {}  # each with the version that it is of
 
     # ---- what changes
 
     def add(self, incarnation: str, key: KindKey, num_credits: int, num_blocks: int) -> None:
         kind = self.kinds.get(key)
         if kind is None:
-            kind = self.kinds[key] = Kind(key, key.role, key.cache[1], key.max_model_len)
+            alone = key.role is WorkerRole.MIXED or (key.runs_alone and key.role is WorkerRole.DECODE)
+            kind = self.kinds[key] = Kind(key, key.role, key.cache[1], key.max_model_len, alone)
         kind.num_taking += 1
         self.workers[incarnation] = Worker(incarnation, kind, num_credits, reported_free_blocks=num_blocks)
         for names in self._names_of(key.role):
@@ -262,7 +267,7 @@ class Fleet:
             enter(self.prefill_lanes, worker, waiting, active)
         if role is not WorkerRole.PREFILL:
             enter(self.decode_lanes, worker, active, -free)
-        if role is WorkerRole.MIXED:
+        if kind.alone:
             seconds = waiting * kind.prefill.slope + active * kind.step.slope * self.output_tokens.value
             enter(self.local_lanes, worker, seconds, -free)
 
@@ -277,15 +282,14 @@ class Fleet:
     def cache_kinds(self) -> set[CacheKind]:
         return {kind.key.cache for kind in self.kinds.values() if kind.num_taking}
 
-    @property
-    def longest_route(self) -> int:
-        """Most tokens that the two workers of some route can hold; 0 where there is no route."""
-        version, longest = self._longest
+    def longest_route(self, mode: Disaggregation) -> int:
+        """Most tokens that the two workers of some route can hold; 0 where there is no route that `mode` allows."""
+        version, longest = self._longest.get(mode, (-1, 0))
         if version != self.version:
             pairs = (min(p.max_model_len, d.max_model_len) for (p, d), count in self._num_pairs.items() if count > 0)
-            alone = (k.max_model_len for k in self.kinds.values() if k.role is WorkerRole.MIXED and k.num_taking)
-            longest = max((*pairs, *alone), default=0)
-            self._longest = self.version, longest
+            alone = (kind.max_model_len for kind in self.kinds.values() if kind.alone and kind.num_taking)
+            longest = max((*(pairs if mode != "local" else ()), *(alone if mode != "require" else ())), default=0)
+            self._longest[mode] = self.version, longest
         return longest
 
     def work_s(self, num_tokens: int, num_output: float) -> float:
@@ -296,14 +300,19 @@ class Fleet:
         default_s = Line(*PREFILL_LINE).at(num_tokens)
         return min(read_s, default=default_s) + num_output * min(token_s, default=Line(*STEP_LINE).at(1))
 
-    def routes(self) -> Iterator[Route]:
-        """Pairs that are up and mixed workers by themselves, save those that take no new work."""
+    def routes(self, mode: Disaggregation = "prefer") -> Iterator[Route]:
+        """Pairs that are up, and workers that can do both by themselves, save those that take no new work."""
+        if mode != "local":
+            yield from self._pairs()
+        if mode != "require":
+            yield from (
+                Route(name, name) for name, worker in self.workers.items() if worker.kind.alone and worker.taking
+            )
+
+    def _pairs(self) -> Iterator[Route]:
         for prefill, downstream in self._downstream.items():
             if self.workers[prefill].taking:
                 yield from (Route(prefill, d, epoch) for d, epoch in downstream.items() if self.workers[d].taking)
-        for name, worker in self.workers.items():
-            if worker.role is WorkerRole.MIXED and worker.taking:
-                yield Route(name, name)
 
 
 def enter(lanes: dict[Kind, Lane], worker: Worker, load: float, tie: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from core.request import Disaggregation
+
 CacheKind = tuple[str, int]
 """What names of blocks depend on: contents of the cache (`KVLayout.contents`) and block size."""
 
@@ -42,6 +44,7 @@ class Need:
     hashes: Mapping[CacheKind, Sequence[bytes]] = field(default_factory=dict)
     ttft_s: float | None = None
     itl_s: float | None = None
+    mode: Disaggregation = "prefer"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ class PowerOfTwo:
         fleet = search.fleet
         prefills = self._draw(search, fleet.prefill_lanes.values(), rng, with_room=False)
         decodes = self._draw(search, fleet.decode_lanes.values(), rng, with_room=True)
-        both = self._draw(search, fleet.local_lanes.values(), rng, with_room=True)
+        both = self._draw(search, search.local_lanes, rng, with_room=True)
         num_output = search.num_output_tokens
 
         def decodes_for(prefill: Worker) -> list[Candidates]:

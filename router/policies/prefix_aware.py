@@ -37,6 +37,7 @@ class PrefixAware:
         read_s = {p: search.prefill_s(p) * (1.0 + JITTER * draw()) for p in prefills}
         write_s = {d: search.step_s(d) * num_output * (1.0 + JITTER * draw()) for d in decodes}
         sent = [(d, write_s[d], num_tokens - search.num_cached(d)) for d in decodes]
+        both = [d for d in decodes if d.role is MIXED and d in read_s] if search.need.mode != "require" else []
         orders: dict[Kind, list[Candidates]] = {}
 
         def decodes_for(prefill: Worker) -> list[Candidates]:
@@ -49,7 +50,7 @@ class PrefixAware:
         choice = search.cheapest(
             ascending((cost, p) for p, cost in read_s.items()),
             decodes_for,
-            ascending((read_s[d] + cost, d) for d, cost in write_s.items() if d.role is MIXED and d in read_s),
+            ascending((read_s[d] + cost, d) for d, cost in write_s.items() if d in both),
             "prefix_cached",
             min(write_s.values(), default=0.0),
         )

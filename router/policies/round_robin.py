@@ -27,7 +27,8 @@ class RoundRobin:
             prefill = fleet.workers[name]
             if not search.may(prefill):
                 continue
-            if prefill.role is WorkerRole.MIXED and search.has_blocks(prefill):
+            may_both = prefill.role is WorkerRole.MIXED and search.need.mode != "require"
+            if may_both and search.has_blocks(prefill):
                 return self._take(prefill, prefill)
             if may_pair:
                 may_pair = False

@@ -10,7 +10,7 @@ from typing import Protocol
 from core.messages import WorkerRole
 from router.policies.cache_map import Levels
 from router.policies.fleet import Fleet, Kind, Lane, Worker
-from router.policies.model import CacheKind, Forecast, Need, NoPlacement, Placement, Route
+from router.policies.model import CacheKind, Forecast, Need, Route
 
 Candidates = Iterable[tuple[float, Worker]]
 """Workers and what each would cost, in whatever the policy minimises; the cheapest first."""
@@ -98,9 +98,14 @@ class Search:
             offers.append(Offer(lane, line.at(1) * num_output, line.slope * num_output))
         return offers
 
+    @property
+    def local_lanes(self) -> list[Lane]:
+        """Mixed workers, to which a policy may give both halves. Whether a decode worker does is decided afterwards."""
+        return [] if self.need.mode == "require" else self.lanes(self.fleet.local_lanes, WorkerRole.MIXED)
+
     def both(self) -> list[Candidates]:
         """Of the workers that can do both, for each kind the one that would be done first, and when."""
-        return [self._first_done(lane) for lane in self.lanes(self.fleet.local_lanes)]
+        return [self._first_done(lane) for lane in self.local_lanes]
 
     def _first_done(self, lane: Lane) -> Candidates:
         """The lane's order is for an answer of usual length; of a shorter one the load weighs less, but for a share."""
@@ -267,31 +272,6 @@ class Search:
         return best
 
 
-def place(policy: Policy, need: Need, fleet: Fleet, rng: random.Random) -> Placement | NoPlacement:
-    """Where `need` goes now, or why nowhere."""
-    fleet.settle()
-    longest = fleet.longest_route
-    if not longest:
-        return NoPlacement(False, ("no_route",))
-    if need.num_tokens + 1 > longest:
-        return NoPlacement(False, ("too_long",))
-    avoid = need.avoid
-    if avoid and not any_without(avoid, fleet, min(need.max_total_tokens, longest)):
-        avoid = frozenset()
-    search = Search(need, fleet, longest=longest, avoid=avoid)
-    choice = policy.choose(search, rng)
-    if choice is None:
-        return NoPlacement(True, what_lacks(search))
-    prefill, decode = choice.prefill, choice.decode
-    epoch = 0 if prefill is decode else fleet.epoch(prefill.incarnation, decode.incarnation)
-    assert epoch is not None, "a policy chose a pair that is not up"
-    reasons = ["local" if prefill is decode else "disaggregated", choice.why]
-    if avoid:
-        reasons.append("avoided_failed_worker")
-    route = Route(prefill.incarnation, decode.incarnation, epoch)
-    return Placement(route, tuple(reasons), policy.name, search.forecast(prefill, decode))
-
-
 def wish(need: Need, fleet: Fleet, could_connect: Callable[[str, str], bool]) -> Route | None:
     """The best of the pairs that are not up but could be, had it been: one with room for `need` now."""
     fleet.settle()
@@ -314,34 +294,7 @@ def soonest_s(num_tokens: int, fleet: Fleet) -> float:
 
 def can_ever(need: Need, fleet: Fleet) -> bool:
     """Whether some route, with room or without, can hold the prompt and one token more."""
-    return need.num_tokens + 1 <= fleet.longest_route
-
-
-def any_without(avoid: frozenset[str], fleet: Fleet, min_len: int) -> bool:
-    """Whether a route that is long enough, with room or without, does without these workers."""
-
-    def long_enough(incarnation: str) -> bool:
-        return fleet.workers[incarnation].kind.max_model_len >= min_len
-
-    return any(
-        not route.touches(avoid) and long_enough(route.prefill) and long_enough(route.decode)
-        for route in fleet.routes()
-    )
-
-
-def what_lacks(search: Search) -> tuple[str, ...]:
-    """What stands in the way, each thing named once."""
-    lacks = set()
-    for worker in search.fleet.workers.values():
-        if not worker.taking:
-            continue
-        if worker.incarnation in search.need.refused_by:
-            lacks.add("refused")
-        elif not worker.open:
-            lacks.add("no_decode_credit" if worker.role is WorkerRole.DECODE else "no_prefill_credit")
-        elif worker.role is not WorkerRole.PREFILL and not search.has_blocks(worker):
-            lacks.add("no_decode_blocks")
-    return tuple(sorted(lacks)) or ("no_pair",)
+    return need.num_tokens + 1 <= fleet.longest_route(need.mode)
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:

@@ -56,7 +56,7 @@ class SloAware:
         choice = search.cheapest(
             [prefills_of(lane) for lane in prefill_lanes],
             decodes_for,
-            [both_of(lane) for lane in search.lanes(fleet.local_lanes)],
+            [both_of(lane) for lane in search.local_lanes],
             "tightest_fit",
         )
         return choice or fastest(search, "slo_out_of_reach")

@@ -81,6 +81,11 @@ WRONG = [
         "{model: m, launcher: subprocess, ray_address: auto}",
         "ray_address: got 'auto', must be left out with launcher 'subprocess'",
     ),
+    (
+        "{model: m, prefill: {num_workers: 0}, decode: {num_workers: 0}, mixed: {num_workers: 1}, "
+        "router: {placement: {disaggregate: require}}}",
+        "router.placement.disaggregate: got 'require', must be prefer or local with one worker, for it takes two",
+    ),
     ("{model: m, engine: {block_size: 0}}", "engine.block_size: got 0, must be >= 1"),
     ("{model: m, engine: {num_threads: 0}}", "engine.num_threads: got 0, must be >= 1, or left out"),
     ("{model: m, engine: {kv_cache_memory_gib: 0}}", "engine.kv_cache_memory_gib: got 0.0, must be > 0"),

@@ -105,7 +105,7 @@ def stop(serving: Serving) -> list[int]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Serving]:
-    serving = start()
+    serving = start("--router.placement.disaggregate", "require")  # short prompts would run on one worker
     try:
         yield serving
         left = stop(serving)

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster as RayCluster
 from cluster.cluster import Cluster
 from cluster.config import ClusterConfig
 from penstock import Client
-from router.config import RouterConfig
+from router.config import PlacementConfig, RouterConfig
 
 
 def main(model: Path) -> None:
@@ -24,7 +24,8 @@ def main(model: Path) -> None:
     try:
         for role in ("prefill", "decode"):
             nodes.add_node(num_cpus=1, resources={role: 1})
-        config = ClusterConfig(model=model, ray_address=nodes.address, router=RouterConfig(grpc_port=0, http_port=0))
+        router = RouterConfig(grpc_port=0, http_port=0, placement=PlacementConfig(disaggregate="require"))
+        config = ClusterConfig(model=model, ray_address=nodes.address, router=router)
         with Cluster(config) as cluster, Client(cluster.endpoints.grpc) as client:
             generation = client.generate("def __init__(self", max_tokens=8, temperature=0, ignore_eos=True)
             assert generation.text is not None

@@ -25,7 +25,7 @@ from cluster.steps import Step
 from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
 from penstock import Client, ServerInfo, UnavailableError
-from router.config import DispatchConfig, RouterConfig
+from router.config import DispatchConfig, PlacementConfig, RouterConfig
 from tests.faults.network import Way
 from tests.faults.process import NETWORK, SOCKET
 
@@ -232,7 +232,12 @@ def world(
         decode=PoolConfig(num_workers=num_decode),
         engine=engine,
         transfer=transfer,
-        router=RouterConfig(grpc_port=0, http_port=0, dispatch=DispatchConfig(max_attempts=max_attempts)),
+        router=RouterConfig(
+            grpc_port=0,
+            http_port=0,
+            dispatch=DispatchConfig(max_attempts=max_attempts),
+            placement=PlacementConfig(disaggregate="require"),
+        ),
     )
     with tempfile.TemporaryDirectory() as folder:
         control = StepControl(Path(folder) / "steps")

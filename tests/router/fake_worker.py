@@ -61,6 +61,7 @@ class Script:
     num_cached_blocks: int = 0
     hello_incarnation: str | None = None
     wire_version: int = 1
+    runs_alone: bool = False
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
@@ -206,6 +207,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             max_model_len=self.max_model_len,
             kv_address=f"kv-of-{self.worker_id}:1",
             device="memory",
+            runs_alone=self.script.runs_alone,
             max_pairs=self.max_pairs,
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 from core.events import LifecycleEvent
 from core.kv_layout import WireDtype
 from core.messages import TransferStats, WorkerRole
-from core.request import FinishReason, Request
+from core.request import Disaggregation, FinishReason, Request
 from core.sampling import SamplingParams
 from core.ticket import Ticket
 from router.config import DispatchConfig, PlacementConfig, SessionConfig
@@ -124,6 +124,7 @@ class Harness:
         kv_wire_dtype: WireDtype = "auto",
         priority: int = 0,
         user: str = "",
+        disaggregate: Disaggregation = "prefer",
         **changes: Any,
     ) -> RequestStream:
         sampling = replace(SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=7), **changes)
@@ -136,6 +137,7 @@ class Harness:
             kv_wire_dtype=kv_wire_dtype,
             priority=priority,
             user=user,
+            disaggregate=disaggregate,
         )
         return self.dispatcher.submit(request, timeout_s=timeout_s)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from core.block_hash import block_hash, root_hash
+from core.errors import UnavailableError
+from core.request import Disaggregation
 from penstock.v1 import worker_pb2 as pb
-from router.config import PlacementConfig
+from router.config import DispatchConfig, PlacementConfig
 from router.policies.model import Placement
+from tests.router.fake_tokens import continuation
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import Harness, harness, read
 
@@ -68,4 +71,51 @@ async def test_a_worker_that_tells_of_the_prompts_blocks_gets_the_request() -> N
         assert placement_of(world, "salted").forecast.num_cached_prefill == 0
         await fakes[2].kill()
         await world.seen.until(lambda: world.workers.fleet.caches.bit(fakes[2].incarnation) == 0)
+        await world.idle()
+
+
+# ---- on one worker or two
+
+
+def prefill_and_decode() -> tuple[FakeWorker, FakeWorker]:
+    """The decode worker takes prompts, too."""
+    decode = FakeWorker("d", "decode")
+    decode.script.runs_alone = True
+    return FakeWorker("p", "prefill"), decode
+
+
+async def test_a_decode_worker_reads_a_short_prompt_itself_unless_two_workers_are_required() -> None:
+    cases: list[tuple[Disaggregation, str]] = [("prefer", "d"), ("require", "p"), ("local", "d")]
+    async with harness(*prefill_and_decode()) as world:
+        await world.until_routes(2)  # the pair, and the decode worker by itself
+        for mode, worker in cases:
+            stream = world.submit([1, 2, 3], 4, request_id=mode, disaggregate=mode)
+            assert (await read(stream))[0] == continuation([1, 2, 3], 4)
+            assert (stream.stats.prefill_worker, stream.stats.decode_worker) == (worker, "d")
+        assert placement_of(world, "prefer").reasons == ("local", "short_prompt")
+        await world.idle()
+
+
+async def test_decode_workers_go_on_alone_when_the_prefill_worker_is_gone() -> None:
+    prefill, decode = prefill_and_decode()
+    async with harness(prefill, decode, dispatch=DispatchConfig(unavailable_timeout_s=0.05)) as world:
+        await world.until_routes(2)
+        await prefill.kill()
+        await world.until_routes(1)
+        assert (await read(world.submit([1, 2, 3], 4)))[0] == continuation([1, 2, 3], 4)
+        with pytest.raises(UnavailableError, match="only d is connected"):
+            await read(world.submit([1, 2, 3], 4, disaggregate="require"))
+        await world.idle()
+
+
+async def test_a_request_that_a_prefill_worker_failed_goes_on_where_it_decodes() -> None:
+    prefill, decode = prefill_and_decode()
+    async with harness(prefill, decode) as world:
+        await world.until_routes(2)
+        world.workers.fleet.workers[decode.incarnation].kind.prefill.observe(3, 60.0)  # so the pair is tried first
+        prefill.script.fail["prefill"] = 1
+        stream = world.submit([1, 2, 3], 4, request_id="failed")
+        assert (await read(stream))[0] == continuation([1, 2, 3], 4)
+        assert (stream.stats.prefill_worker, stream.stats.num_attempts) == ("d", 2)
+        assert "avoided_failed_worker" in placement_of(world, "failed").reasons
         await world.idle()

@@ -75,6 +75,7 @@ class GenerateRequest(google.protobuf.message.Message):
     KV_WIRE_DTYPE_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     USER_FIELD_NUMBER: builtins.int
+    DISAGGREGATE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the client to be able to Cancel; drawn by the server when empty."""
     model: builtins.str
@@ -92,6 +93,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """Requests of a lower priority go first; default 0."""
     user: builtins.str
     """Whom the client asks for, where it asks for several."""
+    disaggregate: builtins.str
+    """Prefill and decode on two workers: "require" always, "prefer" unless one worker alone is predicted to cost less,
+    "local" never. Empty: as the server is configured.
+    """
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -112,9 +117,10 @@ class GenerateRequest(google.protobuf.message.Message):
         kv_wire_dtype: builtins.str = ...,
         priority: builtins.int = ...,
         user: builtins.str = ...,
+        disaggregate: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "input", b"input", "messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "input", b"input", "kv_wire_dtype", b"kv_wire_dtype", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "user", b"user"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "disaggregate", b"disaggregate", "input", b"input", "kv_wire_dtype", b"kv_wire_dtype", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "user", b"user"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
     @typing.overload

@@ -164,6 +164,7 @@ class WorkerHello(google.protobuf.message.Message):
     KV_ADDRESS_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
     MAX_PAIRS_FIELD_NUMBER: builtins.int
+    RUNS_ALONE_FIELD_NUMBER: builtins.int
     wire_version: builtins.int
     worker_id: builtins.str
     incarnation: builtins.str
@@ -177,6 +178,8 @@ class WorkerHello(google.protobuf.message.Message):
     device: builtins.str
     max_pairs: builtins.int
     """channels it has room for"""
+    runs_alone: builtins.bool
+    """takes local tickets, whatever its role"""
     @property
     def layout(self) -> Global___KVLayout: ...
     def __init__(
@@ -193,9 +196,10 @@ class WorkerHello(google.protobuf.message.Message):
         kv_address: builtins.str = ...,
         device: builtins.str = ...,
         max_pairs: builtins.int = ...,
+        runs_alone: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["layout", b"layout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["credits", b"credits", "device", b"device", "incarnation", b"incarnation", "kv_address", b"kv_address", "layout", b"layout", "max_model_len", b"max_model_len", "max_pairs", b"max_pairs", "num_blocks", b"num_blocks", "role", b"role", "wire_version", b"wire_version", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["credits", b"credits", "device", b"device", "incarnation", b"incarnation", "kv_address", b"kv_address", "layout", b"layout", "max_model_len", b"max_model_len", "max_pairs", b"max_pairs", "num_blocks", b"num_blocks", "role", b"role", "runs_alone", b"runs_alone", "wire_version", b"wire_version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___WorkerHello: typing_extensions.TypeAlias = WorkerHello
 

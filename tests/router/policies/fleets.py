@@ -30,6 +30,7 @@ class Spec:
     active: int = 0
     waiting: int = 0
     device: str = "cpu"
+    runs_alone: bool = False
 
 
 def policy_of(name: str, **tuning: object) -> Policy:
@@ -41,7 +42,7 @@ def fleet_of(*specs: Spec, pairs: Sequence[tuple[str, str]] | None = None) -> Fl
     fleet = Fleet(1000)
     for spec in specs:
         cache = f"cache{spec.block_size}", spec.block_size
-        key = KindKey(WorkerRole(spec.role), spec.device, cache, spec.max_model_len)
+        key = KindKey(WorkerRole(spec.role), spec.device, cache, spec.max_model_len, spec.runs_alone)
         fleet.add(spec.name, key, max(0, spec.free_credits) + spec.active, 0)
         fleet.report(
             spec.name,
@@ -60,8 +61,8 @@ def fleet_of(*specs: Spec, pairs: Sequence[tuple[str, str]] | None = None) -> Fl
 
 
 @st.composite
-def fleets(draw: st.DrawFn) -> Fleet:
-    """Some pairs up, of up to six workers of any load."""
+def fleets(draw: st.DrawFn, *, runs_alone: bool = True) -> Fleet:
+    """Some pairs up, of up to six workers of any load. `runs_alone`: some decode workers do."""
     specs = [
         Spec(
             name=f"w{i}",
@@ -73,6 +74,7 @@ def fleets(draw: st.DrawFn) -> Fleet:
             active=draw(st.integers(0, 3)),
             waiting=draw(st.integers(0, 100)),
             device=draw(st.sampled_from(["slow", "fast"])),
+            runs_alone=runs_alone and draw(st.booleans()),
         )
         for i in range(draw(st.integers(0, 6)))
     ]
@@ -103,6 +105,7 @@ def needs(draw: st.DrawFn) -> Need:
         refused_by=draw(names),
         ttft_s=draw(limits),
         itl_s=draw(limits),
+        mode=draw(st.sampled_from(["prefer", "require", "local"])),
     )
 
 
@@ -118,7 +121,7 @@ def has_room(need: Need, fleet: Fleet, route: Route) -> bool:
 
 def usable_routes(need: Need, fleet: Fleet) -> list[Route]:
     """With room or without: long enough, and without failed workers where that is possible."""
-    routes = [*fleet.routes()]
+    routes = [*fleet.routes(need.mode)]
     longest = max((length_of(fleet, route) for route in routes), default=0)
     if need.num_tokens + 1 > longest:
         return []

@@ -10,7 +10,8 @@ from core.block_hash import block_hash, root_hash
 from core.messages import CacheChanged
 from router.policies.fleet import Fleet
 from router.policies.model import Need, Placement, Route
-from router.policies.search import Policy, place
+from router.policies.place import place
+from router.policies.search import Policy
 from tests.router.policies.fleets import NEED, Spec, fleet_of, policy_of
 
 BLOCK_SIZE = 16
