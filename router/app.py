@@ -21,7 +21,7 @@ from router.access.access import Access
 from router.access.config import SecurityConfig
 from router.access.guards import GrpcGuard, HttpGuard
 from router.access.tls import grpc_credentials
-from router.admin_service import ADMIN, AdminService, add_admin
+from router.admin_service import ADMIN, AdminService, PolicySwitch, add_admin
 from router.cluster_watch import ClusterWatch
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -181,7 +181,7 @@ class RouterApp:
         if not self._security.has_tls:
             RegistryService(self.workers).add_to(server)
         self._traces.add_to(server)
-        add_admin(AdminService(self.workers), server)
+        add_admin(AdminService(self.workers, PolicySwitch(self.dispatcher, self._config.placement)), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, REGISTRY, TRACES, ADMIN, health.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

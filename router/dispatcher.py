@@ -56,7 +56,7 @@ class Dispatcher:
     ) -> None:
         self._config = config
         self._placement = placement or PlacementConfig()
-        self._policy = make_policy(self._placement.policy, self._placement.tuning)
+        self.policy = make_policy(self._placement.policy, self._placement.tuning)
         self._rng = rng or random.Random()
         self._fleet = workers.fleet
         self._workers = workers
@@ -210,7 +210,7 @@ class Dispatcher:
         self._notice_cluster()
         self._mover.run()
         while (entry := self._queue.first()) is not None:
-            decision = place(self._policy, self._need(entry), self._fleet, self._rng)
+            decision = place(self.policy, self._need(entry), self._fleet, self._rng)
             if isinstance(decision, Placement):
                 self._start(entry, decision)
                 self._book()

@@ -140,7 +140,7 @@ def _tool(path: str, value: dict[str, Any]) -> Tool:
         fix = "must have 1 to 64 letters, digits, and _ . -"
         raise InvalidRequestError(f"{path}.function.name", name, fix)
     if parameters is None:
-        parameters = {"type": "object", "properties": {}}
+        parameters = {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(parameters, dict):
         raise InvalidRequestError(f"{path}.function.parameters", parameters, "must be a JSON schema of an object")
     if not isinstance(others.get("description", ""), str | None):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.sampling import MAX_LOGPROBS, MAX_REPETITION_PENALTY, MAX_SEED
+from router.access.guards import OPEN_PATHS
 from router.openai_logprobs import Json
 from router.openai_requests import MAX_CHOICES, MAX_DOCUMENTS, ChatBody, CompletionBody, Fields
 from router.openai_tokens import DetokenizeBody, TokenizeBody, TokenizeChatBody
@@ -66,27 +67,41 @@ def openapi(version: str) -> Json:
     request = [_path_parameter("request_id", "As its client chose it, or was told")]
     text = _choice_schema({"text": _STRING})
     message = _choice_schema({"message": {"type": "object", "required": ["role", "content"]}})
+    paths: Json = {
+        "/v1/completions": {"post": _generation("Go on with a text", completions, "text_completion", text)},
+        "/v1/chat/completions": {"post": _generation("Answer in a chat", chat, "chat.completion", message)},
+        "/v1/models": {"get": _operation("The models served", _list_of(_model_schema()))},
+        "/v1/models/{model}": {"get": _operation("One model", _model_schema(), parameters=named)},
+        "/tokenize": {"post": _operation("Tokens of a text or a chat", _tokens_schema(), body=tokenize)},
+        "/detokenize": {"post": _operation("Text of tokens", _object(prompt=_STRING), body=detokenize)},
+        "/ping": {"get": health, "post": health},
+        "/health": {"get": health},
+        "/load": {"get": _operation("Requests that run or wait", _object(server_load=_INTEGER))},
+        "/version": {"get": _operation("Of the server", _object(version=_STRING))},
+        "/metrics": {"get": _metrics()},
+        "/requests/{request_id}/trace": {
+            "get": _operation("Where a request's time went", {"type": "object"}, parameters=request)
+        },
+    }
+    for path, methods in paths.items():
+        if path not in OPEN_PATHS:
+            for operation in methods.values():
+                _ask_for_key(operation)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Penstock", "version": version},
-        "paths": {
-            "/v1/completions": {"post": _generation("Go on with a text", completions, "text_completion", text)},
-            "/v1/chat/completions": {"post": _generation("Answer in a chat", chat, "chat.completion", message)},
-            "/v1/models": {"get": _operation("The models served", _list_of(_model_schema()))},
-            "/v1/models/{model}": {"get": _operation("One model", _model_schema(), parameters=named)},
-            "/tokenize": {"post": _operation("Tokens of a text or a chat", _tokens_schema(), body=tokenize)},
-            "/detokenize": {"post": _operation("Text of tokens", _object(prompt=_STRING), body=detokenize)},
-            "/ping": {"get": health, "post": health},
-            "/health": {"get": health},
-            "/load": {"get": _operation("Requests that run or wait", _object(server_load=_INTEGER))},
-            "/version": {"get": _operation("Of the server", _object(version=_STRING))},
-            "/metrics": {"get": _metrics()},
-            "/requests/{request_id}/trace": {
-                "get": _operation("Where a request's time went", {"type": "object"}, parameters=request)
-            },
-        },
-        "components": {"schemas": schemas},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": {"ApiKey": {"type": "http", "scheme": "bearer"}}},
     }
+
+
+def _ask_for_key(operation: Json) -> None:
+    """Where the router has API keys, it needs one."""
+    error = {"application/json": {"schema": _ref(ERROR)}}
+    operation["security"] = [{}, {"ApiKey": []}]
+    told = {"401": "No key, or one that is unknown", "403": "This key may not", "429": "Over the quota of the key"}
+    for status, description in told.items():
+        operation["responses"].setdefault(status, _response(description, error))
 
 
 def _body(kind: type[Fields], schemas: Json) -> Json:

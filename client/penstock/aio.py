@@ -230,6 +230,10 @@ class AsyncClient(ClientBase[AsyncGeneration, AsyncBatch]):
         Raises `WorkerNotFoundError`. `watch_cluster` tells when it is gone."""
         await self._ask(self._stubs[2].Drain, admin_pb2.DrainRequest(worker_id=worker_id, deadline_s=deadline_s))
 
+    async def set_policy(self, policy: str) -> str:
+        """Have requests placed by another policy, until the router restarts; which one it was before."""
+        return (await self._ask(self._stubs[2].SetPolicy, admin_pb2.SetPolicyRequest(policy=policy))).previous
+
     async def flush_prefix_cache(self, worker_id: str = "") -> dict[str, int]:
         """Forget the cached prefixes that no running request holds, of one worker or of all. Tells how many blocks, by
         worker. Raises `WorkerNotFoundError`."""

@@ -198,6 +198,10 @@ class Client(ClientBase[Generation, Batch]):
         Raises `WorkerNotFoundError`. `watch_cluster` tells when it is gone."""
         self._ask(self._admin.Drain, admin_pb2.DrainRequest(worker_id=worker_id, deadline_s=deadline_s))
 
+    def set_policy(self, policy: str) -> str:
+        """Have requests placed by another policy, until the router restarts; which one it was before."""
+        return self._ask(self._admin.SetPolicy, admin_pb2.SetPolicyRequest(policy=policy)).previous
+
     def flush_prefix_cache(self, worker_id: str = "") -> dict[str, int]:
         """Forget the cached prefixes that no running request holds, of one worker or of all. Tells how many blocks, by
         worker. Raises `WorkerNotFoundError`."""

@@ -206,6 +206,11 @@ class _Admin(AdminServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, message)
         return admin_pb2.DrainResponse()
 
+    def SetPolicy(  # noqa: N802
+        self, request: admin_pb2.SetPolicyRequest, context: Any
+    ) -> admin_pb2.SetPolicyResponse:
+        return admin_pb2.SetPolicyResponse(previous=f"before {request.policy}")
+
     def FlushPrefixCache(  # noqa: N802
         self, request: admin_pb2.FlushPrefixCacheRequest, context: Any
     ) -> admin_pb2.FlushPrefixCacheResponse:

@@ -80,3 +80,7 @@ def test_a_worker_that_is_unknown_is_not_a_model(sdk: Sdk) -> None:
 def test_flushed_blocks_are_told_by_worker(sdk: Sdk) -> None:
     assert sdk.call("flush_prefix_cache") == {"w0": 5, "w1": 6}
     assert sdk.call("flush_prefix_cache", "w1") == {"w1": 5}
+
+
+def test_a_new_policy_tells_the_old_one(sdk: Sdk) -> None:
+    assert sdk.call("set_policy", "round_robin") == "before round_robin"

@@ -12,7 +12,8 @@ import pytest
 
 from penstock.v1 import admin_pb2 as pb
 from penstock.v1 import admin_pb2_grpc
-from router.admin_service import AdminService, add_admin
+from router.admin_service import AdminService, PolicySwitch, add_admin
+from router.config import PlacementConfig
 from tests.router.fake_worker import WAIT_S, FakeWorker
 from tests.router.harness import Harness, harness, read
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.anyio
 async def admin(*fakes: FakeWorker) -> AsyncIterator[tuple[Harness, Any]]:
     async with harness(*fakes) as world:
         server = grpc.aio.server()
-        add_admin(AdminService(world.workers), server)
+        add_admin(AdminService(world.workers, PolicySwitch(world.dispatcher, PlacementConfig())), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -81,6 +82,27 @@ async def test_every_worker_says_what_it_has_flushed() -> None:
         assert {each.worker_id: each.num_blocks for each in answer.workers} == {"mixed-0": 0, "mixed-1": 7}
         answer = await stub.FlushPrefixCache(pb.FlushPrefixCacheRequest(worker_id="mixed-1"))
         assert [each.num_blocks for each in answer.workers] == [7]
+
+
+async def test_another_policy_places_from_now_on() -> None:
+    fakes = FakeWorker("mixed-0", "mixed"), FakeWorker("mixed-1", "mixed")
+    async with admin(*fakes) as (world, stub):
+        assert (await stub.SetPolicy(pb.SetPolicyRequest(policy="round_robin"))).previous == "least_loaded"
+        for _ in range(4):
+            await read(world.submit([1, 2, 3], 2))
+        assert [len(fake.commands("prefill")) for fake in fakes] == [2, 2]
+        assert (await stub.SetPolicy(pb.SetPolicyRequest(policy="least_loaded"))).previous == "round_robin"
+        await world.idle()
+
+
+async def test_an_unknown_policy_changes_nothing() -> None:
+    async with admin(FakeWorker("mixed-0", "mixed")) as (_, stub):
+        code, message = await failure(stub.SetPolicy(pb.SetPolicyRequest(policy="round_robbin")))
+        assert (code, message) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "policy: got 'round_robbin', is not a policy; did you mean 'round_robin'?",
+        )
+        assert (await stub.SetPolicy(pb.SetPolicyRequest(policy="round_robin"))).previous == "least_loaded"
 
 
 async def test_a_worker_lost_before_it_answers_is_unavailable() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from core.errors import CheckpointError, InvalidRequestError
-from text.chat_template import Chat, ChatMessage, ChatTemplate, template_source
+from text.chat_template import Chat, ChatMessage, ChatTemplate, ToolCall, template_source
 
 CHAT = Chat(
     (
@@ -105,3 +107,67 @@ def test_of_named_templates_the_default_is_taken() -> None:
 def test_a_config_without_a_usable_template_is_refused(value: Any) -> None:
     with pytest.raises(CheckpointError, match=r"c\.json: chat_template"):
         template_source({"chat_template": value}, "c.json")
+
+
+TOOLS = """
+{%- if tools %}
+    {{- '<tools>' }}
+    {%- for tool in tools %}{{ tool | tojson }}{%- endfor %}
+    {{- '</tools>' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- message.role + ':' + (message.content or '') }}
+    {%- if 'tool_calls' in message %}
+        {%- for call in message.tool_calls %}
+            {{- '<tool_call>' + call.function.name + (call.function.arguments | tojson) + '</tool_call>' }}
+        {%- endfor %}
+    {%- endif %}
+    {%- if message.tool_call_id %}{{ '[' + message.tool_call_id + ']' }}{%- endif %}
+{%- endfor %}
+{%- for document in documents or [] %}{{ document.text }}{%- endfor %}
+{%- if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{%- endif %}
+"""
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Où?", "parameters": {"type": "object"}}}
+
+
+def test_tools_calls_and_results_are_shown_as_transformers_shows_them() -> None:
+    chat = Chat(
+        (
+            ChatMessage("user", "hi"),
+            ChatMessage("assistant", "", tool_calls=(ToolCall("c1", "weather", '{"city": "Köln"}'),)),
+            ChatMessage("tool", "rain", tool_call_id="c1"),
+        ),
+        tools=(json.dumps(WEATHER, ensure_ascii=False),),
+        documents=('{"text": "x"}',),
+        variables='{"enable_thinking": false}',
+    )
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain", "tool_call_id": "c1"},
+    ]
+    rendered: Any = render_jinja_template(
+        [turns], chat_template=TOOLS, tools=[WEATHER], documents=[{"text": "x"}], enable_thinking=False
+    )
+    assert [make(TOOLS).render(chat)] == rendered[0]
+
+
+def test_a_template_says_what_it_looks_at() -> None:
+    assert make(TOOLS).reads("tools")
+    assert not make(CHATML).reads("tools")
+
+
+def test_a_continued_message_ends_the_prompt() -> None:
+    chat = replace(CHAT, messages=CHAT.messages[:3], continue_last=True, add_generation_prompt=False)
+    assert make(CHATML).render(chat).endswith("<|im_start|>assistant\nLà.")
+
+
+def test_a_message_that_the_template_hides_can_not_be_continued() -> None:
+    with pytest.raises(InvalidRequestError, match=r"messages: got .* to be continued"):
+        make("{{ 'nothing' }}").render(replace(CHAT, continue_last=True))
+
+
+def test_an_endless_prompt_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="messages: got '5000000 characters'"):
+        make("{{ 'x' * 5000000 }}").render(CHAT)

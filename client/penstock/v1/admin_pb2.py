@@ -24,23 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penstock/v1/admin.proto\x12\x0bpenstock.v1\"I\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x17\n\ndeadline_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s\"\x0f\n\rDrainResponse\",\n\x17\x46lushPrefixCacheRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"F\n\x18\x46lushPrefixCacheResponse\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.penstock.v1.FlushedCache\"5\n\x0c\x46lushedCache\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r2\xa8\x01\n\x05\x41\x64min\x12>\n\x05\x44rain\x12\x19.penstock.v1.DrainRequest\x1a\x1a.penstock.v1.DrainResponse\x12_\n\x10\x46lushPrefixCache\x12$.penstock.v1.FlushPrefixCacheRequest\x1a%.penstock.v1.FlushPrefixCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penstock/v1/admin.proto\x12\x0bpenstock.v1\"\"\n\x10SetPolicyRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\"%\n\x11SetPolicyResponse\x12\x10\n\x08previous\x18\x01 \x01(\t\"I\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x17\n\ndeadline_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s\"\x0f\n\rDrainResponse\",\n\x17\x46lushPrefixCacheRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"F\n\x18\x46lushPrefixCacheResponse\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.penstock.v1.FlushedCache\"5\n\x0c\x46lushedCache\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r2\xf4\x01\n\x05\x41\x64min\x12>\n\x05\x44rain\x12\x19.penstock.v1.DrainRequest\x1a\x1a.penstock.v1.DrainResponse\x12_\n\x10\x46lushPrefixCache\x12$.penstock.v1.FlushPrefixCacheRequest\x1a%.penstock.v1.FlushPrefixCacheResponse\x12J\n\tSetPolicy\x12\x1d.penstock.v1.SetPolicyRequest\x1a\x1e.penstock.v1.SetPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAINREQUEST']._serialized_start=40
-  _globals['_DRAINREQUEST']._serialized_end=113
-  _globals['_DRAINRESPONSE']._serialized_start=115
-  _globals['_DRAINRESPONSE']._serialized_end=130
-  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_start=132
-  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_end=176
-  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_start=178
-  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_end=248
-  _globals['_FLUSHEDCACHE']._serialized_start=250
-  _globals['_FLUSHEDCACHE']._serialized_end=303
-  _globals['_ADMIN']._serialized_start=306
-  _globals['_ADMIN']._serialized_end=474
+  _globals['_SETPOLICYREQUEST']._serialized_start=40
+  _globals['_SETPOLICYREQUEST']._serialized_end=74
+  _globals['_SETPOLICYRESPONSE']._serialized_start=76
+  _globals['_SETPOLICYRESPONSE']._serialized_end=113
+  _globals['_DRAINREQUEST']._serialized_start=115
+  _globals['_DRAINREQUEST']._serialized_end=188
+  _globals['_DRAINRESPONSE']._serialized_start=190
+  _globals['_DRAINRESPONSE']._serialized_end=205
+  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_start=207
+  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_end=251
+  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_start=253
+  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_end=323
+  _globals['_FLUSHEDCACHE']._serialized_start=325
+  _globals['_FLUSHEDCACHE']._serialized_end=378
+  _globals['_ADMIN']._serialized_start=381
+  _globals['_ADMIN']._serialized_end=625
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,11 @@ class AdminStub(object):
                 request_serializer=penstock_dot_v1_dot_admin__pb2.FlushPrefixCacheRequest.SerializeToString,
                 response_deserializer=penstock_dot_v1_dot_admin__pb2.FlushPrefixCacheResponse.FromString,
                 _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/penstock.v1.Admin/SetPolicy',
+                request_serializer=penstock_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -63,6 +68,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetPolicy(self, request, context):
+        """Places requests by another policy from now on, until the router restarts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.FlushPrefixCache,
                     request_deserializer=penstock_dot_v1_dot_admin__pb2.FlushPrefixCacheRequest.FromString,
                     response_serializer=penstock_dot_v1_dot_admin__pb2.FlushPrefixCacheResponse.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=penstock_dot_v1_dot_admin__pb2.SetPolicyRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_admin__pb2.SetPolicyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Admin(object):
             '/penstock.v1.Admin/FlushPrefixCache',
             penstock_dot_v1_dot_admin__pb2.FlushPrefixCacheRequest.SerializeToString,
             penstock_dot_v1_dot_admin__pb2.FlushPrefixCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.Admin/SetPolicy',
+            penstock_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
+            penstock_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

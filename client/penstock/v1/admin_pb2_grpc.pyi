@@ -57,7 +57,23 @@ _AdminFlushPrefixCacheType = typing_extensions.TypeVar(
     ],
 )
 
-class AdminStub(typing.Generic[_AdminDrainType, _AdminFlushPrefixCacheType]):
+_AdminSetPolicyType = typing_extensions.TypeVar(
+    '_AdminSetPolicyType',
+    grpc.UnaryUnaryMultiCallable[
+        penstock.v1.admin_pb2.SetPolicyRequest,
+        penstock.v1.admin_pb2.SetPolicyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.admin_pb2.SetPolicyRequest,
+        penstock.v1.admin_pb2.SetPolicyResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        penstock.v1.admin_pb2.SetPolicyRequest,
+        penstock.v1.admin_pb2.SetPolicyResponse,
+    ],
+)
+
+class AdminStub(typing.Generic[_AdminDrainType, _AdminFlushPrefixCacheType, _AdminSetPolicyType]):
     @typing.overload
     def __init__(self: AdminStub[
         grpc.UnaryUnaryMultiCallable[
@@ -67,6 +83,10 @@ class AdminStub(typing.Generic[_AdminDrainType, _AdminFlushPrefixCacheType]):
         grpc.UnaryUnaryMultiCallable[
             penstock.v1.admin_pb2.FlushPrefixCacheRequest,
             penstock.v1.admin_pb2.FlushPrefixCacheResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            penstock.v1.admin_pb2.SetPolicyRequest,
+            penstock.v1.admin_pb2.SetPolicyResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -80,6 +100,10 @@ class AdminStub(typing.Generic[_AdminDrainType, _AdminFlushPrefixCacheType]):
             penstock.v1.admin_pb2.FlushPrefixCacheRequest,
             penstock.v1.admin_pb2.FlushPrefixCacheResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            penstock.v1.admin_pb2.SetPolicyRequest,
+            penstock.v1.admin_pb2.SetPolicyResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Drain: _AdminDrainType
@@ -87,6 +111,9 @@ class AdminStub(typing.Generic[_AdminDrainType, _AdminFlushPrefixCacheType]):
 
     FlushPrefixCache: _AdminFlushPrefixCacheType
     """Forgets the cached prefixes that no running request holds."""
+
+    SetPolicy: _AdminSetPolicyType
+    """Places requests by another policy from now on, until the router restarts."""
 
 AdminAsyncStub: typing_extensions.TypeAlias = AdminStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -96,6 +123,10 @@ AdminAsyncStub: typing_extensions.TypeAlias = AdminStub[
     grpc.aio.UnaryUnaryMultiCallable[
         penstock.v1.admin_pb2.FlushPrefixCacheRequest,
         penstock.v1.admin_pb2.FlushPrefixCacheResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        penstock.v1.admin_pb2.SetPolicyRequest,
+        penstock.v1.admin_pb2.SetPolicyResponse,
     ],
 ]
 
@@ -115,5 +146,13 @@ class AdminServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[penstock.v1.admin_pb2.FlushPrefixCacheResponse, collections.abc.Awaitable[penstock.v1.admin_pb2.FlushPrefixCacheResponse]]:
         """Forgets the cached prefixes that no running request holds."""
+
+    @abc.abstractmethod
+    def SetPolicy(
+        self,
+        request: penstock.v1.admin_pb2.SetPolicyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[penstock.v1.admin_pb2.SetPolicyResponse, collections.abc.Awaitable[penstock.v1.admin_pb2.SetPolicyResponse]]:
+        """Places requests by another policy from now on, until the router restarts."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
