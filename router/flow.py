@@ -49,6 +49,7 @@ from router.ledger import Attempt, Counts, Entry, Failure, Hold, Leaving, Ledger
 from router.pairs import TRANSFER_FAULTS
 from router.policies.model import Placement, Route
 from router.policies.search import num_blocks_for
+from router.pulling import Puller
 from router.teller import Teller
 from router.workers import Workers
 
@@ -80,6 +81,7 @@ class AttemptFlow:
         self.learner = learner
         self._clock = clock
         self._on_outcome = on_outcome
+        self._puller = Puller(self, workers=workers, ledger=ledger, counts=counts, clock=clock)
         self._teller = Teller(config, workers=workers, ledger=ledger, counts=counts, on_dropped=self._on_dropped)
 
     # ---- begin and end
@@ -232,8 +234,13 @@ class AttemptFlow:
         if attempt.leaving:
             self._hand_over(hold.entry, attempt, attempt.leaving, event.num_skipped_tokens)
             return
-        prefill = hold.entry.hold_of(attempt.ticket, attempt.ticket.prefill_incarnation)
-        self._prefill(hold.entry, attempt, prefill, event.num_skipped_tokens)
+        entry, prefill = hold.entry, hold.entry.hold_of(attempt.ticket, attempt.ticket.prefill_incarnation)
+
+        def begin() -> None:
+            if entry.attempt is attempt:
+                self._prefill(entry, attempt, prefill, event.num_skipped_tokens)
+
+        self._puller.pull(entry, attempt, begin)
 
     def _hand_over(self, entry: Entry, attempt: Attempt, leaving: Leaving, num_skipped_tokens: int) -> None:
         """The command that begins the attempt at the worker also ends the one before there."""

@@ -149,6 +149,11 @@ class PairTable:
         pair = self._pairs.get(key)
         return pair is not None and pair.state is PairState.IDLE
 
+    def has_room(self, key: PairKey) -> bool:
+        """Whether `want` could connect it without another being closed."""
+        num_open = self._num_open()
+        return self.is_idle(key) and all(num_open[w.incarnation] < w.max_pairs for w in self._pairs[key].workers)
+
     @property
     def any_idle(self) -> bool:
         return any(pair.state is PairState.IDLE and pair.for_prompts for pair in self)

@@ -183,6 +183,10 @@ class Workers:
         self._tell(self._pairs.want((route.prefill, route.decode), in_use, self._clock()))
         self._connect_pairs()
 
+    def has_room_for(self, prefill: str, decode: str) -> bool:
+        """Whether the two could be connected, and no other pair need make room."""
+        return self._pairs.has_room((prefill, decode))
+
     def touch(self, route: Route) -> None:
         """A request goes this way."""
         self._pairs.touch((route.prefill, route.decode), self._clock())

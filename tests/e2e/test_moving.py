@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.conftest import Oracle, Serving, start, stop
 
-NUM_TOKENS = 600
+NUM_TOKENS = 1500
 PROMPTS = [(11, 23, 5, 99, 7) * 3, (3, 1, 4, 1, 5, 9, 2, 6) * 9, (8, 8, 8, 13)]
 
 
@@ -36,7 +36,8 @@ def test_streams_go_on_while_their_worker_leaves(two_decode_workers: Serving, or
         ]
         for generation in generations:
             next(iter(generation))
-        busy = next(w for w in serving.info().workers if w.role == "decode" and w.num_running)
+        info = serving.wait_until(lambda info: any(w.role == "decode" and w.num_running for w in info.workers))
+        busy = next(w for w in info.workers if w.role == "decode" and w.num_running)
         os.kill(serving.pid(busy.worker_id), signal.SIGTERM)
         for generation in generations:
             assert generation.text is not None
