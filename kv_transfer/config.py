@@ -10,7 +10,7 @@ from core.errors import ConfigError
 from kv_transfer.frame import MAX_PAYLOAD_BYTES
 from kv_transfer.streaming import Streaming
 
-Backend = Literal["auto", "shm", "gloo", "nccl"]
+Backend = Literal["auto", "shm", "tcp", "gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class TransferConfig:
 
     backend: Backend = "auto"
     """What carries the payload. auto is shm (shared memory) between two workers on the CPUs of one host, nccl between
-    two GPUs, and gloo otherwise, also where both share one GPU."""
+    two GPUs, and tcp otherwise, also where both share one GPU."""
     lease_s: float = 5.0
     """How long a worker holds blocks for a router that does not renew its interest."""
     progress_timeout_s: float = 30.0
@@ -48,7 +48,7 @@ class TransferConfig:
             if f.name not in ("backend", "streaming") and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"transfer.{f.name}", value, "must be a finite number > 0")
         if self.backend not in get_args(Backend):
-            raise ConfigError("transfer.backend", self.backend, "must be one of 'auto', 'shm', 'gloo', 'nccl'")
+            raise ConfigError("transfer.backend", self.backend, "must be one of 'auto', 'shm', 'tcp', 'gloo', 'nccl'")
         if self.streaming not in get_args(Streaming):
             text = "must be one of 'auto', 'layerwise', 'serial'"
             raise ConfigError("transfer.streaming", self.streaming, text)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 from core.errors import TransferError
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Of the handshake and of the frames that follow."""
 INCOMPATIBLE = "incompatible"
 """Reason of a TransferError that no further try will mend."""
@@ -46,11 +46,11 @@ class Offer:
 
 
 def choose(sender: Offer, receiver: Offer) -> str:
-    """What carries the payload: "shm", "nccl" or "gloo". Both sides come to the same answer.
+    """What carries the payload: "shm", "nccl", "tcp" or "gloo". Both sides come to the same answer.
 
     Raises TransferError `incompatible`, which says why, where one insists on what can't be.
     """
-    obstacles = {"shm": _no_shm(sender, receiver), "nccl": _no_nccl(sender, receiver), "gloo": ""}
+    obstacles = {"shm": _no_shm(sender, receiver), "nccl": _no_nccl(sender, receiver), "tcp": "", "gloo": ""}
     wanted = {offer.backend for offer in (sender, receiver)} - {"auto"}
     if len(wanted) > 1:
         text = f"transfer.backend is {sender.backend} on the sender's side and {receiver.backend} on the receiver's"

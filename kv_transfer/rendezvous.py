@@ -20,6 +20,7 @@ from kv_transfer.door import NAME_BYTES, Door
 from kv_transfer.handshake import Offer, choose
 from kv_transfer.pair_store import PairStore, dist
 from kv_transfer.shared_memory import Invitation, host_identity, visit
+from kv_transfer.socket_transport import TCPTransport
 from kv_transfer.transport import ProcessGroupTransport, Transport, first_sentence, wants_nccl
 
 SENDER, RECEIVER = 0, 1
@@ -131,6 +132,8 @@ class GroupRendezvous:
     def _transport(self, connection: socket.socket, rank: int) -> Transport:
         store = PairStore(connection, self._timeout_s)
         chosen = self._choose(store, rank)
+        if chosen == "tcp":
+            return TCPTransport(connection)
         if chosen == "shm":
             transport = self._shared_memory(store, rank)
             connection.close()

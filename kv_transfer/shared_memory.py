@@ -14,10 +14,7 @@ import secrets
 import socket
 import struct
 import sys
-import threading
-import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +24,9 @@ import torch
 from torch import Tensor
 
 from core.errors import IntegrityError, TransferError
-from kv_transfer.transport import Delivery
+from kv_transfer.socket_transport import DONE, SocketTransport
 
 _PLACE = struct.Struct("<QQ")  # offset and bytes of payload
-_DONE = b"d"
 _SEALS = 0 if sys.platform != "linux" else fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -48,38 +44,15 @@ def host_identity() -> str:
     return f"{boot}/{namespace.st_dev}:{namespace.st_ino}/{os.getuid()}"
 
 
-class SharedMemoryTransport:
-    """One end. Frames, and where their payload lies, go over a Unix socket of the two.
-
-    The receiver says of each message when it is done with it, before it waits for another or sends one. `memory` is
-    the sender's: all payload must lie there, and is not copied again.
-    """
+class SharedMemoryTransport(SocketTransport):
+    """Behind a frame goes where its payload lies. `memory` is the sender's: all payload must lie there."""
 
     name = "shm"
-    payload_device = torch.device("cpu")
 
     def __init__(self, connection: socket.socket, region: Tensor, *, sends: bool) -> None:
         """`region`: [N] uint8."""
-        self._connection, self._region = connection, region
-        self.memory: Tensor | None = region if sends else None
-        self._aborted = threading.Event()
-        self._num_sent = self._num_done = 0
-        self._owes = False  # the word that what was received last is done with
-        weakref.finalize(self, connection.close)
-
-    def send(self, frame: Tensor, parts: Sequence[Tensor], timeout_s: float) -> Delivery:
-        message = b"".join([_bytes(frame), *map(self._place, parts)])
-        self._num_sent += 1
-        with self._reasons(timeout_s):
-            self._give_back()
-            self._connection.sendall(message)
-        return _Message(self, self._num_sent)
-
-    def receive_frame(self, frame: Tensor, timeout_s: float) -> None:
-        with self._reasons(timeout_s):
-            self._give_back()
-            self._receive(_bytes(frame))
-            self._owes = True
+        super().__init__(connection, region if sends else None)
+        self._region = region
 
     def receive_parts(self, sizes: Sequence[int], timeout_s: float) -> Iterator[Tensor]:
         places = bytearray(_PLACE.size * len(sizes))
@@ -88,69 +61,19 @@ class SharedMemoryTransport:
             parts = [self._part(*place) for place in _PLACE.iter_unpack(places)]
         return iter(parts)
 
-    def wait(self, number: int, timeout_s: float) -> None:
-        """Until the peer is done with that message."""
-        answer = bytearray(1)
-        while self._num_done < number:
-            with self._reasons(timeout_s):
-                self._receive(memoryview(answer))
-                if answer != _DONE:
-                    raise TransferError("pair_down", "the peer says what it should not")
-            self._num_done += 1
-
-    def _give_back(self) -> None:
-        if self._owes:
-            self._owes = False
-            self._connection.sendall(_DONE)
-
     def _part(self, offset: int, size: int) -> Tensor:
         if offset + size > self._region.numel():
             raise TransferError("corrupt_frame", f"{size} bytes at {offset} are not within the memory that is shared")
         return self._region[offset : offset + size]
+
+    def _parts(self, parts: Sequence[Tensor]) -> list[memoryview | bytes]:
+        return [b"".join(map(self._place, parts))] if parts else []
 
     def _place(self, part: Tensor) -> bytes:
         offset = part.data_ptr() - self._region.data_ptr()
         if not 0 <= offset <= self._region.numel() - part.numel():
             raise IntegrityError("payload lies outside of the memory that is shared")
         return _PLACE.pack(offset, part.numel())
-
-    def abort(self) -> None:
-        self._aborted.set()
-        with contextlib.suppress(OSError):  # it has ended already
-            self._connection.shutdown(socket.SHUT_RDWR)
-
-    def _receive(self, into: memoryview) -> None:
-        while into:
-            if not (num_bytes := self._connection.recv_into(into)):
-                raise OSError("the peer closed the connection")
-            into = into[num_bytes:]
-
-    @contextlib.contextmanager
-    def _reasons(self, timeout_s: float) -> Iterator[None]:
-        """Failures become TransferErrors, and break the connection."""
-        try:
-            self._connection.settimeout(timeout_s)
-            yield
-        except (OSError, TransferError) as error:
-            reason = "the channel was aborted" if self._aborted.is_set() else str(error) or type(error).__name__
-            self.abort()
-            raise TransferError("pair_down", reason) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    """The message of that number."""
-
-    transport: SharedMemoryTransport
-    number: int
-
-    def wait(self, timeout_s: float) -> None:
-        self.transport.wait(self.number, timeout_s)
-
-
-def _bytes(frame: Tensor) -> memoryview:
-    array: Any = frame.numpy()
-    return memoryview(array)
 
 
 class Invitation:
@@ -174,7 +97,7 @@ class Invitation:
             try:
                 memory = mmap.mmap(descriptor, self._num_bytes)
                 connection.settimeout(timeout_s)
-                socket.send_fds(connection, [_DONE], [descriptor])
+                socket.send_fds(connection, [DONE], [descriptor])
             finally:
                 os.close(descriptor)
         except BaseException:

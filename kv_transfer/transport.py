@@ -47,7 +47,7 @@ class Transport(Protocol):
     def receive_frame(self, frame: Tensor, timeout_s: float) -> None: ...
 
     def receive_parts(self, sizes: Sequence[int], timeout_s: float) -> Iterator[Tensor]:
-        """What came with the frame: [size] uint8 each, or less where less was sent, until the next `receive_frame`.
+        """What came with the frame: [size] uint8 each, or less where less was sent, until the next one is asked for.
 
         The later ones come while the caller is busy with the ones before.
         """
@@ -172,7 +172,7 @@ def wants_nccl(backend: str, device: torch.device, available: bool) -> bool:
     """Whether payload goes over NCCL. Raises ConfigError where it must and can't."""
     possible = device.type == "cuda" and available
     if backend == "nccl" and not possible:
-        raise ConfigError("transfer.backend", backend, "needs a CUDA device and a torch build with NCCL; use 'gloo'")
+        raise ConfigError("transfer.backend", backend, "needs a CUDA device and a torch build with NCCL; use 'tcp'")
     return possible and backend in ("auto", "nccl")
 
 

@@ -153,7 +153,10 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class PairInfo:
-    """The KV channel from one worker to another. `reason` says why it is not `up`; `transport` is shm, nccl or gloo."""
+    """The KV channel from one worker to another. `reason` says why it is not `up`.
+
+    `transport` is shm, nccl, tcp or gloo.
+    """
 
     prefill_worker: str
     decode_worker: str

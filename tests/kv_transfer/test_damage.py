@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
 
-from core.messages import Connect, PairUp
+from core.messages import Connect, PairDown, PairUp
 from core.ticket import Ticket
 from kv_transfer.config import Backend, TransferConfig
 from kv_transfer.events import TransferFailed, TransferReady
@@ -17,7 +18,7 @@ from tests.kv_transfer.harness import WAIT_S, Worker, layout, plane_threads, tic
 from tests.kv_transfer.sending_process import NUM_TOKENS, Harm, Send, Source, source
 
 SOURCES = ((3, 1, 4), (5, 9, 2), (6, 8, 7))
-BACKENDS: list[Backend] = ["shm", "gloo"]
+BACKENDS: list[Backend] = ["shm", "tcp", "gloo"]
 
 
 @dataclass
@@ -72,8 +73,9 @@ def met(backend: Backend) -> Iterator[Pair]:
     assert plane_threads() == []
 
 
-@pytest.mark.parametrize("harm", ["flip", "zeros", "short"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "harm"), [*product(BACKENDS, ("flip", "zeros")), ("shm", "short"), ("gloo", "short")]
+)
 def test_what_is_corrupted_or_cut_short_fails_closed_and_the_pair_goes_on(backend: Backend, harm: Harm) -> None:
     with met(backend) as pair:
         before, harmed, after = pair.reserve(), pair.reserve(), pair.reserve()
@@ -89,3 +91,19 @@ def test_what_is_corrupted_or_cut_short_fails_closed_and_the_pair_goes_on(backen
         assert torch.equal(pair.decode.snapshot()[list(harmed.blocks)], returned)
         assert pair.decode.silent(), "a request that has failed is told of again"
         pair.release(before, after)
+
+
+def test_a_stream_that_is_cut_short_ends_its_channel_and_another_can_be_made() -> None:
+    """Over TCP, where nobody knows any more where the next message begins."""
+    with met("tcp") as pair:
+        before, harmed, behind = pair.reserve(), pair.reserve(), pair.reserve()
+        pair.complete(before, SOURCES[0])
+        pair.sending.send(Send(harmed.ticket, SOURCES[1], "short"))
+        assert pair.decode.expect(TransferFailed).key == harmed.ticket.key
+        assert pair.decode.expect(TransferFailed).key == behind.ticket.key
+        assert pair.decode.expect(PairDown).epoch == 1
+        pair.release(before, harmed, behind)
+        pair.connect(2)
+        after = pair.reserve(2)
+        pair.complete(after, SOURCES[2])
+        pair.release(after)

@@ -17,7 +17,7 @@ GPU = Offer("auto", "cuda", "", "GPU-1")
 
 offers = st.builds(
     Offer,
-    st.sampled_from(["auto", "shm", "gloo", "nccl"]),
+    st.sampled_from(["auto", "shm", "tcp", "gloo", "nccl"]),
     st.sampled_from(["cpu", "cuda"]),
     st.sampled_from(["", "a", "b"]),
     st.sampled_from(["", "1", "2"]),
@@ -28,12 +28,12 @@ offers = st.builds(
     ("sender", "receiver", "chosen"),
     [
         (CPU, CPU, "shm"),
-        (CPU, replace(CPU, host="another"), "gloo"),
-        (CPU, replace(CPU, host=""), "gloo"),
+        (CPU, replace(CPU, host="another"), "tcp"),
+        (CPU, replace(CPU, host=""), "tcp"),
         (replace(CPU, backend="gloo"), CPU, "gloo"),
         (GPU, replace(GPU, gpu="GPU-2"), "nccl"),
-        (GPU, GPU, "gloo"),
-        (GPU, CPU, "gloo"),
+        (GPU, GPU, "tcp"),
+        (GPU, CPU, "tcp"),
     ],
 )
 def test_the_best_that_both_can_do(sender: Offer, receiver: Offer, chosen: str) -> None:

@@ -18,7 +18,7 @@ from tests.kv_transfer.harness import Transfer, Worker, connect, layout, plane_t
 from tests.kv_transfer.peer_process import Peer, peer
 
 CONFIG = TransferConfig(connect_timeout_s=5.0, silence_timeout_s=1.0, keepalive_s=0.3)
-BOTH = pytest.mark.parametrize("backend", ["shm", "gloo"])
+BOTH = pytest.mark.parametrize("backend", ["shm", "tcp", "gloo"])
 SLACK_S = 1.5
 """For a loaded machine."""
 

@@ -61,7 +61,14 @@ def meeting(sender: Backend = "auto", receiver: Backend = "auto") -> Iterator[Me
 
 @pytest.mark.parametrize(
     ("sender", "receiver", "carrier"),
-    [("auto", "auto", "shm"), ("shm", "auto", "shm"), ("gloo", "auto", "gloo"), ("auto", "gloo", "gloo")],
+    [
+        ("auto", "auto", "shm"),
+        ("shm", "auto", "shm"),
+        ("gloo", "auto", "gloo"),
+        ("auto", "gloo", "gloo"),
+        ("tcp", "auto", "tcp"),
+        ("auto", "tcp", "tcp"),
+    ],
 )
 def test_workers_of_one_host_share_memory_unless_told_otherwise(
     sender: Backend, receiver: Backend, carrier: str
@@ -81,7 +88,8 @@ def test_payload_goes_over_nccl_only_between_two_gpus(
         for side in both.sides:
             monkeypatch.setattr(side, "_shared_host", "")
         both.gpus(monkeypatch, sender_gpu, receiver_gpu)
-        assert both.meet() == ["gloo", "gloo"]  # the NCCL group that would stand beside it is not made here
+        carrier = "gloo" if ranks else "tcp"  # the NCCL group that would stand beside gloo is not made here
+        assert both.meet() == [carrier, carrier]
         assert sorted(both.nccl_ranks) == ranks
 
 

@@ -103,10 +103,11 @@ def test_a_record_may_come_before_the_last_segment() -> None:
         transfer.release()
 
 
-def test_a_layer_too_large_for_one_message_is_cut() -> None:
+@pytest.mark.parametrize("backend", ["shm", "tcp", "gloo"])
+def test_a_layer_too_large_for_one_message_is_cut(backend: Backend) -> None:
     shape = layout(block_size=4096, num_layers=1)
     num_tokens = MAX_PAYLOAD_BYTES // shape.bytes_per_token_per_layer + 100
-    with pair(prefill_layout=shape, decode_layout=shape, config=TransferConfig()) as (prefill, decode):
+    with pair(prefill_layout=shape, decode_layout=shape, config=TransferConfig(backend=backend)) as (prefill, decode):
         transfer = Transfer(prefill, decode, num_tokens)
         transfer.begin()
         transfer.push()
