@@ -19,6 +19,7 @@ from core.errors import UnavailableError
 from core.messages import WorkerRole
 from engine.model_config import ModelConfig
 from router.access.config import from_environment
+from router.access.network import WorkerNetwork
 from router.config import RouterConfig
 
 SERVICE = "penstock.v1.Inference"
@@ -32,6 +33,7 @@ class Cluster:
     """
 
     def __init__(self, config: ClusterConfig, launcher: Launcher | None = None) -> None:
+        config = replace(config, security=from_environment(config.security, os.environ))
         self.config, self._given = config, launcher
         self.launcher: Launcher
         self.endpoints: Endpoints
@@ -61,7 +63,7 @@ class Cluster:
                 config.engine.max_model_len,
                 self._router(),
                 config.log_level,
-                from_environment(config.security, os.environ),
+                config.security,
             )
             self.endpoints = self.launcher.start(router, worker_specs(self.config), deadline - time.monotonic())
             self._wait_until_serving(deadline)
@@ -79,9 +81,10 @@ class Cluster:
 
     def _wait_until_serving(self, deadline: float) -> None:
         """Follow the router's health until it serves; between, ask the launcher whether it ever will."""
+        network = WorkerNetwork.of(self.config.security)
         while time.monotonic() < deadline:
             timeout_s = min(FAILURE_CHECK_S, deadline - time.monotonic())
-            with grpc.insecure_channel(self.endpoints.registry) as channel:
+            with network.dial(self.endpoints.registry) as channel:
                 stub: Any = health_pb2_grpc.HealthStub(channel)  # its published types know no Watch
                 try:
                     request = health_pb2.HealthCheckRequest(service=SERVICE)
@@ -124,6 +127,7 @@ def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
             num_gpus=pools[role].num_gpus,
             drain_timeout_s=config.drain_timeout_s,
             log_level=config.log_level,
+            security=config.security,
         )
         for place, (role, index) in enumerate(named)
     ]

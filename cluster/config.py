@@ -20,6 +20,9 @@ from router.config import RouterConfig
 
 T = TypeVar("T")
 
+SECRETS = ("security.api_key", "security.cluster_secret")
+"""Fields whose values no error shows."""
+
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
@@ -119,7 +122,8 @@ def parse(kind: type[T], values: object) -> T:
         if first["type"] == "missing":
             raise ConfigError(path, None, "must be set: it has no default") from error
         fix = first["msg"].replace("Input should be", "must be").replace("Input is", "is")
-        raise ConfigError(path, first["input"], "must be a path" if first["type"] == "path_type" else fix) from error
+        given = "a value" if path.startswith(SECRETS) else first["input"]
+        raise ConfigError(path, given, "must be a path" if first["type"] == "path_type" else fix) from error
 
 
 def check_names(kind: type, values: object, path: str) -> None:

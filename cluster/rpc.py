@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from core.errors import InvalidRequestError
+from core.errors import InvalidRequestError, UnauthenticatedError
 from core.kv_layout import KVLayout, wire_dtype
 from core.logprobs import TokenLogprobs
 from core.messages import (
@@ -42,8 +42,10 @@ from core.messages import (
 )
 from core.request import FinishReason
 from core.sampling import SamplingParams
+from core.secret import Secret
 from core.ticket import AttemptKey, CommitRecord, Segment, SegmentRecord, Ticket
 from penstock.v1 import inference_pb2, worker_pb2
+from router.handshake import Handshake
 
 ROLES = {
     WorkerRole.PREFILL: inference_pb2.WORKER_ROLE_PREFILL,
@@ -61,16 +63,27 @@ _FINISH = {
 
 
 def router_hello(wire: worker_pb2.RouterHello) -> RouterHello:
-    return RouterHello(wire.router_id, wire.incarnation, wire.wire_version)
+    return RouterHello(wire.router_id, wire.incarnation, wire.wire_version, wire.nonce)
 
 
-def command(wire: worker_pb2.Command) -> Command:
-    """Raises InvalidRequestError where the command is unknown or its values can't be."""
+def command(wire: worker_pb2.Command, verifier: Secret | None = None) -> Command:
+    """Raises InvalidRequestError where the command is unknown or its values can't be, UnauthenticatedError where its
+    ticket is not signed by `verifier`, if there is one."""
+    command = _command(wire)
+    ticket: Ticket | None = getattr(command, "ticket", None)
+    if verifier is not None and ticket is not None:
+        inner = getattr(wire, str(wire.WhichOneof("command")))
+        if not verifier.accepts(inner.ticket.signature, "ticket", *ticket.signed_fields):
+            raise UnauthenticatedError(f"the ticket of request {ticket.request_id} is not signed by this router")
+    return command
+
+
+def _command(wire: worker_pb2.Command) -> Command:
     match wire.WhichOneof("command"):
         case "connect":
             c = wire.connect
             return Connect(
-                c.prefill_incarnation, c.decode_incarnation, c.epoch, c.store_address, _layout(c.peer_layout)
+                c.prefill_incarnation, c.decode_incarnation, c.epoch, c.store_address, _layout(c.peer_layout), c.secret
             )
         case "disconnect":
             d = wire.disconnect
@@ -175,6 +188,14 @@ def _record(wire: worker_pb2.CommitRecord) -> CommitRecord:
 
 
 # ---- to the router
+
+
+def challenge_message(handshake: Handshake) -> worker_pb2.WorkerMessage:
+    return worker_pb2.WorkerMessage(
+        challenge=worker_pb2.Challenge(
+            nonce=handshake.worker_nonce, proof=handshake.worker_proof(), incarnation=handshake.worker_incarnation
+        )
+    )
 
 
 def worker_hello_message(hello: WorkerHello) -> worker_pb2.WorkerMessage:

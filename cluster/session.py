@@ -13,13 +13,17 @@ import grpc
 from cluster import rpc
 from core.errors import PenstockError
 from core.messages import WIRE_VERSION, Command, Event, Load, RouterHello, WorkerHello
+from core.secret import Secret, draw_nonce
 from penstock.v1 import worker_pb2, worker_pb2_grpc
+from router.handshake import Handshake
 
 if TYPE_CHECKING:
     from grpc import ServicerContext
 
 log = logging.getLogger(__name__)
 
+HANDSHAKE_TIMEOUT_S = 5.0
+"""For a router to say who it is, and prove it."""
 LOAD_INTERVAL_S = 1.0
 """A router that hears nothing for longer than a few of these takes the worker for dead."""
 
@@ -67,12 +71,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         opened: Callable[[RouterSession], None],
         received: Callable[[RouterSession, Command], None],
         closed: Callable[[RouterSession], None],
+        secret: Secret | None = None,
     ) -> None:
+        """With a `secret`, only routers that prove to have it are heard, and only tickets that they have signed."""
         self._hello, self._opened, self._received, self._closed = hello, opened, received, closed
+        self._secret = secret
 
     def Session(  # noqa: N802 (named by the wire)
         self, requests: Iterator[worker_pb2.RouterMessage], context: ServicerContext
     ) -> Iterator[worker_pb2.WorkerMessage]:
+        patience = threading.Timer(HANDSHAKE_TIMEOUT_S, context.cancel)  # who says nothing takes a thread meanwhile
+        patience.daemon = True
+        patience.start()
+        context.add_callback(patience.cancel)
         first = next(requests, None)
         if first is None or not first.HasField("hello"):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session must be hello")
@@ -82,10 +93,23 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"wire version {router.wire_version} of router {router.router_id}: this worker speaks {WIRE_VERSION}",
             )
+        verifier: Secret | None = None
+        if self._secret is not None:
+            handshake = Handshake(self._secret, router.incarnation, self._hello.incarnation, router.nonce, draw_nonce())
+            if not router.nonce:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "this worker takes routers of its cluster's secret only")
+            yield rpc.challenge_message(handshake)
+            second = next(requests, None)
+            if second is None or not handshake.accepts_router(second.proof):
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "the router has another secret than this worker")
+            verifier = handshake.session_secret()
+        patience.cancel()
         session = RouterSession(router)
         context.add_callback(session.close)
         self._opened(session)
-        reader = threading.Thread(target=self._read, args=(session, requests), name="session-reader", daemon=True)
+        reader = threading.Thread(
+            target=self._read, args=(session, requests, verifier), name="session-reader", daemon=True
+        )
         reader.start()
         try:
             yield rpc.worker_hello_message(self._hello)
@@ -93,11 +117,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         finally:
             self._closed(session)
 
-    def _read(self, session: RouterSession, requests: Iterator[worker_pb2.RouterMessage]) -> None:
+    def _read(
+        self, session: RouterSession, requests: Iterator[worker_pb2.RouterMessage], verifier: Secret | None
+    ) -> None:
         try:
             for message in requests:
                 for command in message.commands:
-                    self._received(session, rpc.command(command))
+                    self._received(session, rpc.command(command, verifier))
         except grpc.RpcError:
             pass  # the stream is over: `messages` ends through the call's callback
         except PenstockError as error:

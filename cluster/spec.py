@@ -39,6 +39,7 @@ class WorkerSpec:
     num_gpus: float
     drain_timeout_s: float
     log_level: str
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,15 @@ from cluster.steps import StepHook, pass_by
 from cluster.worker import FromRouter, SessionClosed, SessionOpened, Stop, Worker
 from core.clock import Clock
 from core.messages import Drain, WorkerHello, WorkerRole
+from core.secret import draw_nonce
 from engine.engine import Engine
 from engine.kv_storage import KVStorage
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import KVEvent, Notify
 from kv_transfer.plane import KVPlane
 from penstock.v1 import worker_pb2, worker_pb2_grpc
+from router.access.network import WorkerNetwork
+from router.handshake import registered_proof, registration_proof
 from telemetry.logs import configure_logging
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ class WorkerProcess:
         """Load the model, listen, and begin to register. Raises CheckpointError, ConfigError or OSError."""
         spec = self._spec
         configure_logging(sys.stderr, level=spec.log_level)
+        self._network = WorkerNetwork.of(spec.security)
         self._engine = Engine.from_checkpoint(spec.model, spec.engine, spec.cpus)
         self._kv = self._make_plane(
             self._incarnation, self._engine.storage, spec.host, spec.transfer, time.monotonic, self._notify
@@ -96,7 +100,7 @@ class WorkerProcess:
             ThreadPoolExecutor(2 * MAX_ROUTERS, thread_name_prefix="rpc"),
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)],
         )
-        port = server.add_insecure_port(f"{spec.host}:0")
+        port = self._network.listen(server, f"{spec.host}:0")
         self._address = f"{spec.host}:{port}"
         hello = WorkerHello(
             worker_id=spec.worker_id,
@@ -116,6 +120,7 @@ class WorkerProcess:
             opened=lambda session: worker.post(SessionOpened(session)),
             received=lambda session, command: worker.post(FromRouter(session, command)),
             closed=lambda session: worker.post(SessionClosed(session)),
+            secret=self._network.secret,
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server)
         healthy = health.HealthServicer()
@@ -137,20 +142,23 @@ class WorkerProcess:
 
     def _register(self) -> None:
         """Tell the router of this worker, again and again: either may have restarted."""
+        spec, secret, nonce = self._spec, self._network.secret, draw_nonce()
         request = worker_pb2.RegisterRequest(
-            worker_id=self._spec.worker_id,
-            incarnation=self._incarnation,
-            address=self._address,
-            role=rpc.ROLES[self._spec.role],
+            worker_id=spec.worker_id, incarnation=self._incarnation, address=self._address, role=rpc.ROLES[spec.role]
         )
+        if secret is not None:
+            names = spec.worker_id, self._incarnation, self._address, spec.role.value
+            request.nonce, request.proof = nonce, registration_proof(secret, *names, nonce)
         wait_s, address, channel = 0.0, "", None
         while not self._ended.wait(wait_s):
             try:
                 if address != (address := self._router_address()) or channel is None:
                     if channel is not None:
                         channel.close()
-                    channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
-                worker_pb2_grpc.RegistryStub(channel).Register(request, timeout=REGISTER_INTERVAL_S)
+                    channel = self._network.dial(address, CHANNEL_OPTIONS)
+                answer = worker_pb2_grpc.RegistryStub(channel).Register(request, timeout=REGISTER_INTERVAL_S)
+                if secret is not None and answer.proof != registered_proof(secret, nonce, connected=answer.connected):
+                    raise ConnectionError("who answers there does not have the cluster's secret")
                 wait_s = REGISTER_INTERVAL_S
             except (grpc.RpcError, OSError) as error:
                 log.info("worker %s can't register with %s: %s", self._spec.worker_id, address, error)

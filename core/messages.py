@@ -5,7 +5,7 @@ Commands go to a worker, events come from it. Every command is idempotent by the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from core.kv_layout import KVLayout
@@ -30,6 +30,7 @@ class RouterHello:
     router_id: str
     incarnation: str
     wire_version: int = WIRE_VERSION
+    nonce: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +87,17 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Build the channel of a pair; answered by PairUp or PairDown."""
+    """Build the channel of a pair; answered by PairUp or PairDown.
+
+    Each side proves to the other that it was told the `secret`; with none, nobody is asked.
+    """
 
     prefill_incarnation: str
     decode_incarnation: str
     epoch: int
     store_address: str
     peer_layout: KVLayout
+    secret: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

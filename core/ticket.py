@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from core.kv_layout import WireDtype
 
@@ -33,6 +33,11 @@ class Ticket:
     @property
     def key(self) -> AttemptKey:
         return self.transfer_id, self.attempt
+
+    @property
+    def signed_fields(self) -> tuple[str | int, ...]:
+        """What a router vouches for: all of it."""
+        return astuple(self)
 
     @property
     def local(self) -> bool:

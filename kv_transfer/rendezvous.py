@@ -15,9 +15,11 @@ import torch
 
 from core.errors import ConfigError, TransferError
 from core.messages import Connect
+from core.secret import Secret
 from kv_transfer.config import TransferConfig
 from kv_transfer.door import NAME_BYTES, Door
 from kv_transfer.handshake import Offer, choose
+from kv_transfer.pair_proof import prove_both
 from kv_transfer.pair_store import PairStore, dist
 from kv_transfer.shared_memory import Invitation, host_identity, visit
 from kv_transfer.socket_transport import TCPTransport
@@ -72,6 +74,8 @@ class GroupRendezvous:
             raise TransferError("pair_down", f"{connect.store_address} can't be reached: {error}") from error
         try:
             with self._meeting(connection):
+                if connect.secret:
+                    prove_both(connection, Secret(connect.secret), visits=rank == SENDER, timeout_s=self._timeout_s)
                 return self._transport(connection, rank)
         except (OSError, RuntimeError) as error:
             raise TransferError("pair_down", f"the peer did not come: {first_sentence(error)}") from error
@@ -180,6 +184,6 @@ class GroupRendezvous:
 
 
 def _name(connect: Connect) -> bytes:
-    """What the two sides of a pair call it: 16 bytes."""
+    """What the two sides of a pair call it: 16 bytes, which nobody can tell who does not have its secret."""
     text = f"{connect.prefill_incarnation}\n{connect.decode_incarnation}\n{connect.epoch}"
-    return hashlib.blake2b(text.encode(), digest_size=NAME_BYTES).digest()
+    return hashlib.blake2b(text.encode(), digest_size=NAME_BYTES, key=connect.secret).digest()

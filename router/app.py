@@ -20,6 +20,7 @@ from router import health
 from router.access.access import Access
 from router.access.config import SecurityConfig
 from router.access.guards import GrpcGuard, HttpGuard
+from router.access.network import WorkerNetwork
 from router.access.tls import grpc_credentials
 from router.admin_service import ADMIN, AdminService, PolicySwitch, add_admin
 from router.cluster_watch import ClusterWatch
@@ -75,6 +76,7 @@ class RouterApp:
     ) -> None:
         self._config = config
         self._security = security or SecurityConfig()
+        self._network = WorkerNetwork.of(self._security)
         self._access = Access(self._security, clock)
         self._model = model
         self._tokenizer = tokenizer
@@ -87,6 +89,7 @@ class RouterApp:
             clock=clock,
             fingerprint=model.fingerprint or None,
             fleet=Fleet(config.placement.max_cached_blocks),
+            network=self._network,
         )
         self._health = Health(
             {
@@ -178,8 +181,8 @@ class RouterApp:
             version=self._version,
         )
         add_to_server(service, server)
-        if not self._security.has_tls:
-            RegistryService(self.workers).add_to(server)
+        if not self._security.has_worker_door:
+            RegistryService(self.workers, self._network.secret).add_to(server)
         self._traces.add_to(server)
         add_admin(AdminService(self.workers, PolicySwitch(self.dispatcher, self._config.placement)), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -197,8 +200,9 @@ class RouterApp:
 
     async def _start_worker_door(self) -> None:
         self.registry_address = self.grpc_address
-        if self._security.has_tls:  # workers have neither the clients' certificates nor their keys
-            self._worker_door = WorkerDoor(RegistryService(self.workers), self._health)
+        if self._security.has_worker_door:
+            registry = RegistryService(self.workers, self._network.secret)
+            self._worker_door = WorkerDoor(registry, self._health, self._network)
             await self._worker_door.start(url_host(self._config.host), self._config.registry_port)
             self.registry_address = self._worker_door.address
 

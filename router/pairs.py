@@ -16,6 +16,7 @@ was not used for longest. A pair lives as long as the sessions of both its worke
 from __future__ import annotations
 
 import heapq
+import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ PairKey = tuple[str, str]
 """Incarnations of the prefill and the decode worker."""
 Told = tuple[str, Connect | Disconnect]
 """A command, and the incarnation that it goes to."""
+SECRET_BYTES = 32
 TRANSFER_FAULTS = frozenset(
     {
         "accept_timeout",
@@ -57,9 +59,9 @@ _TIMED = (PairState.WAITING, PairState.CONNECTING, PairState.QUARANTINED)
 
 @dataclass(slots=True, eq=False)
 class Pair:
-    """`epoch` names the latest channel. `due_s` is when to connect (WAITING), to give up waiting (CONNECTING), or to be
-    free (QUARANTINED). `num_failures` are channels that did not hold, `num_bad_transfers` attempts that failed on this
-    one, each in a row.
+    """`epoch` names the latest channel, `secret` is known to its two sides alone. `due_s` is when to connect (WAITING),
+    to give up waiting (CONNECTING), or to be free (QUARANTINED). `num_failures` are channels that did not hold,
+    `num_bad_transfers` attempts that failed on this one, each in a row.
     """
 
     prefill: WorkerHello
@@ -74,6 +76,7 @@ class Pair:
     up_since_s: float = 0.0
     used_s: float = 0.0
     transport: str = ""
+    secret: bytes = field(default=b"", repr=False)
 
     @property
     def key(self) -> PairKey:
@@ -107,6 +110,7 @@ class Pair:
                     epoch=self.epoch,
                     store_address=self.decode.kv_address,
                     peer_layout=peer.layout,
+                    secret=self.secret,
                 ),
             )
 
@@ -259,7 +263,7 @@ class PairTable:
         ready = [pair for pair in self if pair.state is PairState.WAITING and pair.due_s <= now_s]
         for pair in ready:
             pair.state = PairState.CONNECTING
-            pair.epoch = self._next_epoch()
+            pair.epoch, pair.secret = self._next_epoch(), secrets.token_bytes(SECRET_BYTES)
             pair.answered.clear()
             pair.due_s = now_s + self._config.pair_timeout_s
         return ready

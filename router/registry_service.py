@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc.aio
 
 from core.errors import InvalidRequestError, OverloadedError
+from core.secret import Secret
 from router.rpc import Registration, add_registry
 from router.workers import Workers
 
@@ -14,8 +15,9 @@ MAX_WORKERS = 8192
 
 
 class RegistryService:
-    def __init__(self, workers: Workers) -> None:
-        self._workers = workers
+    def __init__(self, workers: Workers, secret: Secret | None = None) -> None:
+        """With a `secret`, only workers that prove to have it are heard."""
+        self._workers, self._secret = workers, secret
 
     def register(self, registration: Registration) -> bool:
         """Whether the router holds a session with this incarnation; `InvalidRequestError` on a field that is empty or
@@ -30,4 +32,4 @@ class RegistryService:
         return self._workers.register(registration)
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        add_registry(server, self.register)
+        add_registry(server, self.register, self._secret)

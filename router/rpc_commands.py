@@ -19,12 +19,23 @@ from core.messages import (
     Work,
 )
 from core.sampling import SamplingParams
+from core.secret import Secret
 from core.ticket import CommitRecord, SegmentRecord, Ticket
 from penstock.v1 import inference_pb2
 from penstock.v1 import worker_pb2 as pb
 
 
-def command_to_wire(command: Command) -> pb.Command:
+def command_to_wire(command: Command, signer: Secret | None = None) -> pb.Command:
+    """Its ticket is signed, where it has one and there is a signer."""
+    wire = _to_wire(command)
+    ticket: Ticket | None = getattr(command, "ticket", None)
+    if signer is not None and ticket is not None:
+        inner = getattr(wire, str(wire.WhichOneof("command")))
+        inner.ticket.signature = signer.prove("ticket", *ticket.signed_fields)
+    return wire
+
+
+def _to_wire(command: Command) -> pb.Command:
     match command:
         case Connect():
             return pb.Command(connect=_connect(command))
@@ -80,6 +91,7 @@ def _connect(command: Connect) -> pb.Connect:
         epoch=command.epoch,
         store_address=command.store_address,
         peer_layout=layout_to_wire(command.peer_layout),
+        secret=command.secret,
     )
 
 

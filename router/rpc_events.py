@@ -42,12 +42,22 @@ class WireError(PenstockError):
 
 
 @dataclass(frozen=True, slots=True)
+class Challenge:
+    """A worker's answer to a router's nonce, where the cluster has a secret."""
+
+    nonce: bytes
+    proof: bytes
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerMessage:
     """`load` is the worker's state after `events`."""
 
     hello: WorkerHello | None
     events: tuple[Event, ...]
     load: Load | None
+    challenge: Challenge | None = None
 
 
 def message_from_wire(message: pb.WorkerMessage) -> WorkerMessage:
@@ -56,6 +66,9 @@ def message_from_wire(message: pb.WorkerMessage) -> WorkerMessage:
         hello=_hello(message.hello) if message.HasField("hello") else None,
         events=tuple(_event(event) for event in message.events),
         load=_load(message.load) if message.HasField("load") else None,
+        challenge=Challenge(message.challenge.nonce, message.challenge.proof, message.challenge.incarnation)
+        if message.HasField("challenge")
+        else None,
     )
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from core.messages import WIRE_VERSION, Command, Heartbeat, RouterHello, WorkerHello
+from core.secret import Secret, draw_nonce
+from router.access.network import WorkerNetwork
 from router.config import SessionConfig
+from router.handshake import Handshake
 from router.outbox import Outbox
 from router.rpc import SessionLostError, WorkerCall, WorkerMessage
 
@@ -28,13 +32,16 @@ class Session:
         self._pending = asyncio.Event()
 
     @classmethod
-    async def open(cls, address: str, router: RouterHello, config: SessionConfig) -> Session:
-        """Dial and exchange hellos; `SessionLostError` where nobody answers or another version does."""
-        call = WorkerCall(address)
+    async def open(
+        cls, address: str, router: RouterHello, config: SessionConfig, network: WorkerNetwork | None = None
+    ) -> Session:
+        """Dial and exchange hellos; `SessionLostError` where nobody answers, another version does, or one without the
+        cluster's secret."""
+        network = network or WorkerNetwork()
+        call = WorkerCall(address, network)
         try:
             async with asyncio.timeout(config.connect_timeout_s):
-                await call.say_hello(router)
-                hello = (await call.read()).hello
+                hello = await _greet(call, router, network.secret)
             if hello is None:
                 raise SessionLostError("the worker did not begin with its hello")
             if hello.wire_version != WIRE_VERSION:
@@ -98,3 +105,22 @@ class Session:
         while True:
             self.send(Heartbeat(live_transfer_ids()))
             await asyncio.sleep(self._config.heartbeat_interval_s)
+
+
+async def _greet(call: WorkerCall, router: RouterHello, secret: Secret | None) -> WorkerHello | None:
+    """The worker's hello. Neither side says more than a nonce before the other has proved to have the secret."""
+    if secret is None:
+        await call.say_hello(router)
+        return (await call.read()).hello
+    router = replace(router, nonce=draw_nonce())
+    await call.say_hello(router)
+    if (challenge := (await call.read()).challenge) is None:
+        raise SessionLostError("the worker does not prove that it has the cluster's secret")
+    handshake = Handshake(secret, router.incarnation, challenge.incarnation, router.nonce, challenge.nonce)
+    if not handshake.accepts_worker(challenge.proof):
+        raise SessionLostError("the worker has another secret than the cluster's")
+    await call.prove(handshake.router_proof(), handshake.session_secret())
+    hello = (await call.read()).hello
+    if hello is not None and hello.incarnation != challenge.incarnation:
+        raise SessionLostError("the worker proved to be another than it says it is")
+    return hello

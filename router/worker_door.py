@@ -1,4 +1,4 @@
-"""Where workers register when clients must speak TLS: a port of their own."""
+"""Where workers register when they or clients must speak TLS: a port of their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 
 from core.errors import ConfigError
+from router.access.network import WorkerNetwork
 from router.health import Health
 from router.registry_service import RegistryService
 
@@ -13,8 +14,8 @@ from router.registry_service import RegistryService
 class WorkerDoor:
     """Registry and health, nothing else. `address` is known once it has started."""
 
-    def __init__(self, registry: RegistryService, health: Health) -> None:
-        self._registry, self._health = registry, health
+    def __init__(self, registry: RegistryService, health: Health, network: WorkerNetwork) -> None:
+        self._registry, self._health, self._network = registry, health, network
         self._server: grpc.aio.Server | None = None
         self.address = ""
 
@@ -24,7 +25,7 @@ class WorkerDoor:
         self._registry.add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._network.listen(self._server, f"{host}:{port}")
         except RuntimeError as error:
             raise ConfigError("router.registry_port", port, f"can't be listened on at {host}: {error}") from error
         await self._server.start()

@@ -26,6 +26,7 @@ from core.messages import (
 )
 from core.request import Disaggregation
 from core.ticket import Ticket
+from router.access.network import WorkerNetwork
 from router.config import SessionConfig
 from router.info import PairInfo, WorkerInfo
 from router.pairs import PairKey, PairState, PairTable, Told
@@ -84,8 +85,10 @@ class Workers:
         fingerprint: str | None = None,
         next_epoch: Callable[[], int] | None = None,
         fleet: Fleet | None = None,
+        network: WorkerNetwork | None = None,
     ) -> None:
-        """`fleet` is kept as placement wants to see it."""
+        """`fleet` is kept as placement wants to see it; `network` is how workers are dialled."""
+        self._network = network
         self.fleet = fleet or Fleet()
         self._config = config
         self._clock = clock
@@ -282,7 +285,7 @@ class Workers:
 
     async def _open(self, worker: Worker) -> Session:
         registration = worker.registration
-        session = await Session.open(registration.address, self._hello, self._config)
+        session = await Session.open(registration.address, self._hello, self._config, self._network)
         hello = session.hello
         problem = None
         if (hello.worker_id, hello.incarnation) != (registration.worker_id, registration.incarnation):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.secret import MIN_SECRET_LEN
 
 MIN_KEY_LEN = 16
 API_KEY_VARIABLE = "PENSTOCK_API_KEY"
+SECRET_VARIABLE = "PENSTOCK_CLUSTER_SECRET"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,17 @@ class SecurityConfig:
     """Certificates that clients' own must be signed by, PEM; needed with `ssl_cert_reqs` 2."""
     ssl_cert_reqs: int = 0
     """Whether clients must have a certificate (mutual TLS): 0 no, 2 yes, as Python's `ssl.CERT_REQUIRED`."""
+    cluster_secret: str = field(default="", repr=False)
+    """What routers and workers prove to each other that they know, and sign tickets with. The environment's
+    PENSTOCK_CLUSTER_SECRET counts where none is given."""
+    cluster_secret_file: Path | None = None
+    """A file with it, on every machine of the cluster."""
+    cluster_ssl_keyfile: Path | None = None
+    """Private key of the cluster's certificate, PEM: routers and workers then speak mutual TLS."""
+    cluster_ssl_certfile: Path | None = None
+    """The certificate of all its routers and workers, PEM, for the DNS name `penstock`."""
+    cluster_ssl_ca_certs: Path | None = None
+    """Certificates that it must be signed by, PEM."""
 
     def __post_init__(self) -> None:
         for key in self.api_key:
@@ -43,10 +56,30 @@ class SecurityConfig:
         if self.ssl_cert_reqs and (self.ssl_ca_certs is None or self.ssl_certfile is None):
             missing = "ssl_ca_certs" if self.ssl_ca_certs is None else "ssl_certfile"
             raise ConfigError(f"security.{missing}", None, "must be set where ssl_cert_reqs is 2")
-        for name in ("api_keys_file", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        for name in (f.name for f in fields(self) if f.name.endswith(("file", "ca_certs"))):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ConfigError(f"security.{name}", str(path), "must be a file that exists")
+
+        if self.cluster_secret and len(self.cluster_secret) < MIN_SECRET_LEN:
+            length = f"a secret of {len(self.cluster_secret)} characters"
+            raise ConfigError("security.cluster_secret", length, f"must have at least {MIN_SECRET_LEN}")
+        if self.cluster_secret and self.cluster_secret_file:
+            raise ConfigError("security.cluster_secret", "a secret", "must be left out: cluster_secret_file is set")
+        names = ("cluster_ssl_keyfile", "cluster_ssl_certfile", "cluster_ssl_ca_certs")
+        unset = [name for name in names if getattr(self, name) is None]
+        if 0 < len(unset) < len(names):
+            raise ConfigError(f"security.{unset[0]}", None, "must be set: others of key, certificate and CA are")
+
+    @property
+    def has_worker_door(self) -> bool:
+        """Whether workers register at a port of their own: they and clients have different certificates, or only some
+        have."""
+        return self.has_tls or self.has_cluster_tls
+
+    @property
+    def has_cluster_tls(self) -> bool:
+        return self.cluster_ssl_certfile is not None
 
     @property
     def has_tls(self) -> bool:
@@ -54,6 +87,10 @@ class SecurityConfig:
 
 
 def from_environment(config: SecurityConfig, environment: Mapping[str, str]) -> SecurityConfig:
-    """With PENSTOCK_API_KEY, where the configuration names no keys."""
-    key = environment.get(API_KEY_VARIABLE)
-    return replace(config, api_key=(key,)) if key and not (config.api_key or config.api_keys_file) else config
+    """With PENSTOCK_API_KEY and PENSTOCK_CLUSTER_SECRET, where the configuration names no keys, or no secret."""
+    key, secret = environment.get(API_KEY_VARIABLE), environment.get(SECRET_VARIABLE)
+    if key and not (config.api_key or config.api_keys_file):
+        config = replace(config, api_key=(key,))
+    if secret and not (config.cluster_secret or config.cluster_secret_file):
+        config = replace(config, cluster_secret=secret)
+    return config

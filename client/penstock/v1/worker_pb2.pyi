@@ -49,11 +49,17 @@ class RegisterRequest(google.protobuf.message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     ROLE_FIELD_NUMBER: builtins.int
+    NONCE_FIELD_NUMBER: builtins.int
+    PROOF_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     incarnation: builtins.str
     address: builtins.str
     """host:port of the Worker service"""
     role: penstock.v1.inference_pb2.WorkerRole.ValueType
+    nonce: builtins.bytes
+    """where the worker has the cluster's secret"""
+    proof: builtins.bytes
+    """HMAC over all other fields"""
     def __init__(
         self,
         *,
@@ -61,8 +67,10 @@ class RegisterRequest(google.protobuf.message.Message):
         incarnation: builtins.str = ...,
         address: builtins.str = ...,
         role: penstock.v1.inference_pb2.WorkerRole.ValueType = ...,
+        nonce: builtins.bytes = ...,
+        proof: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "incarnation", b"incarnation", "role", b"role", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "incarnation", b"incarnation", "nonce", b"nonce", "proof", b"proof", "role", b"role", "worker_id", b"worker_id"]) -> None: ...
 
 Global___RegisterRequest: typing_extensions.TypeAlias = RegisterRequest
 
@@ -71,14 +79,18 @@ class RegisterResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CONNECTED_FIELD_NUMBER: builtins.int
+    PROOF_FIELD_NUMBER: builtins.int
     connected: builtins.bool
     """the router holds a session with this incarnation"""
+    proof: builtins.bytes
+    """HMAC over the request's nonce and `connected`"""
     def __init__(
         self,
         *,
         connected: builtins.bool = ...,
+        proof: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["connected", b"connected"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["connected", b"connected", "proof", b"proof"]) -> None: ...
 
 Global___RegisterResponse: typing_extensions.TypeAlias = RegisterResponse
 
@@ -88,6 +100,9 @@ class RouterMessage(google.protobuf.message.Message):
 
     HELLO_FIELD_NUMBER: builtins.int
     COMMANDS_FIELD_NUMBER: builtins.int
+    PROOF_FIELD_NUMBER: builtins.int
+    proof: builtins.bytes
+    """answers Challenge: HMAC over both nonces and both incarnations"""
     @property
     def hello(self) -> Global___RouterHello: ...
     @property
@@ -97,9 +112,10 @@ class RouterMessage(google.protobuf.message.Message):
         *,
         hello: Global___RouterHello | None = ...,
         commands: collections.abc.Iterable[Global___Command] | None = ...,
+        proof: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["hello", b"hello"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["commands", b"commands", "hello", b"hello"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["commands", b"commands", "hello", b"hello", "proof", b"proof"]) -> None: ...
 
 Global___RouterMessage: typing_extensions.TypeAlias = RouterMessage
 
@@ -110,23 +126,50 @@ class WorkerMessage(google.protobuf.message.Message):
     HELLO_FIELD_NUMBER: builtins.int
     EVENTS_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
+    CHALLENGE_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___WorkerHello: ...
     @property
     def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Event]: ...
     @property
     def load(self) -> Global___Load: ...
+    @property
+    def challenge(self) -> Global___Challenge: ...
     def __init__(
         self,
         *,
         hello: Global___WorkerHello | None = ...,
         events: collections.abc.Iterable[Global___Event] | None = ...,
         load: Global___Load | None = ...,
+        challenge: Global___Challenge | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["hello", b"hello", "load", b"load"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["events", b"events", "hello", b"hello", "load", b"load"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["challenge", b"challenge", "hello", b"hello", "load", b"load"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["challenge", b"challenge", "events", b"events", "hello", b"hello", "load", b"load"]) -> None: ...
 
 Global___WorkerMessage: typing_extensions.TypeAlias = WorkerMessage
+
+@typing.final
+class Challenge(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: builtins.int
+    PROOF_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    nonce: builtins.bytes
+    proof: builtins.bytes
+    """HMAC over both nonces and the worker's incarnation"""
+    incarnation: builtins.str
+    """the worker's"""
+    def __init__(
+        self,
+        *,
+        nonce: builtins.bytes = ...,
+        proof: builtins.bytes = ...,
+        incarnation: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "nonce", b"nonce", "proof", b"proof"]) -> None: ...
+
+Global___Challenge: typing_extensions.TypeAlias = Challenge
 
 @typing.final
 class RouterHello(google.protobuf.message.Message):
@@ -135,17 +178,21 @@ class RouterHello(google.protobuf.message.Message):
     WIRE_VERSION_FIELD_NUMBER: builtins.int
     ROUTER_ID_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    NONCE_FIELD_NUMBER: builtins.int
     wire_version: builtins.int
     router_id: builtins.str
     incarnation: builtins.str
+    nonce: builtins.bytes
+    """where the router has the cluster's secret"""
     def __init__(
         self,
         *,
         wire_version: builtins.int = ...,
         router_id: builtins.str = ...,
         incarnation: builtins.str = ...,
+        nonce: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "router_id", b"router_id", "wire_version", b"wire_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "nonce", b"nonce", "router_id", b"router_id", "wire_version", b"wire_version"]) -> None: ...
 
 Global___RouterHello: typing_extensions.TypeAlias = RouterHello
 
@@ -332,6 +379,7 @@ class Ticket(google.protobuf.message.Message):
     PAIR_EPOCH_FIELD_NUMBER: builtins.int
     KV_WIRE_DTYPE_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     attempt: builtins.int
     transfer_id: builtins.str
@@ -342,6 +390,8 @@ class Ticket(google.protobuf.message.Message):
     """"auto", or "int8": K and V are rounded on their way; empty is auto"""
     traceparent: builtins.str
     """W3C trace context of the router's span; empty where the client sent none"""
+    signature: builtins.bytes
+    """HMAC over all other fields under the session's key, where the cluster has a secret"""
     def __init__(
         self,
         *,
@@ -353,8 +403,9 @@ class Ticket(google.protobuf.message.Message):
         pair_epoch: builtins.int = ...,
         kv_wire_dtype: builtins.str = ...,
         traceparent: builtins.str = ...,
+        signature: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "decode_incarnation", b"decode_incarnation", "kv_wire_dtype", b"kv_wire_dtype", "pair_epoch", b"pair_epoch", "prefill_incarnation", b"prefill_incarnation", "request_id", b"request_id", "traceparent", b"traceparent", "transfer_id", b"transfer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "decode_incarnation", b"decode_incarnation", "kv_wire_dtype", b"kv_wire_dtype", "pair_epoch", b"pair_epoch", "prefill_incarnation", b"prefill_incarnation", "request_id", b"request_id", "signature", b"signature", "traceparent", b"traceparent", "transfer_id", b"transfer_id"]) -> None: ...
 
 Global___Ticket: typing_extensions.TypeAlias = Ticket
 
@@ -429,11 +480,14 @@ class Connect(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     STORE_ADDRESS_FIELD_NUMBER: builtins.int
     PEER_LAYOUT_FIELD_NUMBER: builtins.int
+    SECRET_FIELD_NUMBER: builtins.int
     prefill_incarnation: builtins.str
     decode_incarnation: builtins.str
     epoch: builtins.int
     store_address: builtins.str
     """the decode worker's kv_address"""
+    secret: builtins.bytes
+    """of this channel: its two sides prove to each other that they have it, before anything is read"""
     @property
     def peer_layout(self) -> Global___KVLayout: ...
     def __init__(
@@ -444,9 +498,10 @@ class Connect(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         store_address: builtins.str = ...,
         peer_layout: Global___KVLayout | None = ...,
+        secret: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["peer_layout", b"peer_layout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["decode_incarnation", b"decode_incarnation", "epoch", b"epoch", "peer_layout", b"peer_layout", "prefill_incarnation", b"prefill_incarnation", "store_address", b"store_address"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_incarnation", b"decode_incarnation", "epoch", b"epoch", "peer_layout", b"peer_layout", "prefill_incarnation", b"prefill_incarnation", "secret", b"secret", "store_address", b"store_address"]) -> None: ...
 
 Global___Connect: typing_extensions.TypeAlias = Connect
 

@@ -46,6 +46,8 @@ class WorkerServicer(object):
 
     def Session(self, request_iterator, context):
         """One long-lived stream per router: commands one way, batched events the other. The first message each way is Hello.
+        Where the cluster has a secret, two more come between the hellos: a challenge of the worker, which proves that it has
+        the secret, and the router's proof. A worker with a secret does nothing for a router without it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

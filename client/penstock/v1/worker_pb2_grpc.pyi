@@ -61,7 +61,10 @@ class WorkerStub(typing.Generic[_WorkerSessionType]):
     ], channel: grpc.aio.Channel) -> None: ...
 
     Session: _WorkerSessionType
-    """One long-lived stream per router: commands one way, batched events the other. The first message each way is Hello."""
+    """One long-lived stream per router: commands one way, batched events the other. The first message each way is Hello.
+    Where the cluster has a secret, two more come between the hellos: a challenge of the worker, which proves that it has
+    the secret, and the router's proof. A worker with a secret does nothing for a router without it.
+    """
 
 WorkerAsyncStub: typing_extensions.TypeAlias = WorkerStub[
     grpc.aio.StreamStreamMultiCallable[
@@ -77,7 +80,10 @@ class WorkerServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[penstock.v1.worker_pb2.RouterMessage],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[penstock.v1.worker_pb2.WorkerMessage], collections.abc.AsyncIterator[penstock.v1.worker_pb2.WorkerMessage]]:
-        """One long-lived stream per router: commands one way, batched events the other. The first message each way is Hello."""
+        """One long-lived stream per router: commands one way, batched events the other. The first message each way is Hello.
+        Where the cluster has a secret, two more come between the hellos: a challenge of the worker, which proves that it has
+        the secret, and the router's proof. A worker with a secret does nothing for a router without it.
+        """
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 
