@@ -44,7 +44,7 @@ def test_it_serves_those_who_are_let_in_and_shows_no_secret(tmp_path: Path, capf
     with Cluster(config) as cluster:
         target = cluster.endpoints.grpc
         with Client(target, api_key=key, ssl_ca_certs=server.certfile, timeout_s=60) as client:
-            assert client.generate("def __init__(self", max_tokens=4, temperature=0).text
+            assert client.generate("def __init__(self", max_tokens=4, temperature=0, disaggregate="require").text
             assert [pair.up for pair in client.server_info().pairs] == [True]
         with Client(target, ssl_ca_certs=server.certfile, timeout_s=60) as stranger, pytest.raises(AuthenticationError):
             stranger.server_info()

@@ -355,7 +355,7 @@ def test_the_router_loads_no_torch_and_no_ray() -> None:
 async def test_a_worker_that_can_not_be_is_not_registered(field: str, value: str) -> None:
     async with running_app() as (app, channel):
         registry: worker_pb2_grpc.RegistryAsyncStub = worker_pb2_grpc.RegistryStub(channel)
-        fields = {"worker_id": "w", "incarnation": "i", "address": "127.0.0.1:1", field: value}
+        fields: dict[str, Any] = {"worker_id": "w", "incarnation": "i", "address": "127.0.0.1:1", field: value}
         request = worker_pb2.RegisterRequest(role=fake_worker.ROLES["mixed"], **fields)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await registry.Register(request, timeout=WAIT_S)
