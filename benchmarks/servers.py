@@ -121,10 +121,11 @@ def penstock_server(label: str, model: Path, *, mixed: bool, flags: tuple[str, .
     command = (
         *(sys.executable, "-c", start, "serve", "--model", str(model), "--launcher", "subprocess"),
         *("--router.http-port", "{port}", "--router.grpc-port", "0", "--max-model-len", str(MAX_MODEL_LEN)),
-        *("--served-model-name", SERVED_NAME, "--no-enable-prefix-caching", *pools, *flags),
+        *("--served-model-name", SERVED_NAME, "--no-enable-prefix-caching", "--startup-timeout-s", "300"),
+        *(*pools, *flags),
     )
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH")]))
-    return ServerSpec(label, command, {"PYTHONPATH": path})
+    return ServerSpec(label, command, {"PYTHONPATH": path}, start_timeout_s=320.0)
 
 
 def vllm_server(

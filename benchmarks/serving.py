@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -40,6 +41,7 @@ from benchmarks.serve.workload import Plan, Prompts, Scale, at_rate, random_leng
 from benchmarks.servers import ROOT, SERVED_NAME, Server, ServerSpec, described, penstock_server, vllm_server
 from benchmarks.serving_table import Cells, print_cells, print_verdicts, summary, verdicts
 from core.errors import ConfigError
+from kernels.native import library
 
 TINY = ROOT / "models" / "penstock-tiny"
 SCALE, MAX_INPUTS, MAX_OUTPUTS, VOCAB_SIZE = 0.4, 1024, 128, 7000
@@ -265,6 +267,7 @@ def main() -> int:
     elif VARIABLE not in os.environ:
         print(f"serving: ${VARIABLE} must name the folder of the peers, or give --quick", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or servers that stand still would be left behind
     console = Console(width=160)
     begun_s = time.perf_counter()
 
@@ -275,6 +278,9 @@ def main() -> int:
         rows = read_trace(options.trace) if options.trace and not options.quick else []
     except ConfigError as error:
         print(f"serving: {error}", file=sys.stderr)
+        return 2
+    if library() is None:  # builds them, before anybody's time runs
+        print("serving: the C++ kernels can't be built: torch's would be measured", file=sys.stderr)
         return 2
     bench = Bench(options, specs_of(options), say, rows)
     bench.run()
