@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from router.stream import RequestDispatcher
 from router.validation import GenerateInput, Validator
 from telemetry.metrics import CONTENT_TYPE
 
+BODY_TIMEOUT_S = 60.0
+"""For all of a request to arrive."""
 MAX_BODY_BYTES = 16 * 1024 * 1024
 
 Renamed = Mapping[str, str]
@@ -133,7 +136,7 @@ class OpenAIApi:
             self._model,
             int(self._wall_clock()),
             body.num_per_prompt,
-            self._generator.token_bytes,
+            token_id_bytes if body.return_tokens_as_token_ids else self._generator.token_bytes,
             continuous_usage=body.continuous_usage,
             token_ids=bool(body.return_token_ids),
         )
@@ -233,14 +236,25 @@ class RequestIds:
         await self.inner(scope, receive, send_with_id)
 
 
-async def read_body(request: Request) -> bytes:
-    """`InvalidRequestError` as soon as it is too long."""
+async def read_body(request: Request, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+    """`InvalidRequestError` as soon as it is too long, or takes too long."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise InvalidRequestError("body", f"over {MAX_BODY_BYTES} bytes", f"must be at most {MAX_BODY_BYTES} bytes")
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    fix = f"must be at most {MAX_BODY_BYTES} bytes"
+                    raise InvalidRequestError("body", f"over {MAX_BODY_BYTES} bytes", fix)
+    except TimeoutError:
+        size = f"{len(body)} bytes and no end"
+        raise InvalidRequestError("body", size, f"must arrive within {timeout_s:g} s") from None
     return bytes(body)
+
+
+def token_id_bytes(token_id: int) -> bytes:
+    """How vLLM names a token where its text might not be valid."""
+    return f"token_id:{token_id}".encode()
 
 
 @contextmanager

@@ -29,6 +29,15 @@ NO_EFFECT = frozenset(
         *("prompt_cache_key", "prompt_cache_retention", "prediction"),
     )
 )
+NOT_YET: Mapping[str, tuple[Any, ...]] = {
+    "use_beam_search": (None, False),
+    "length_penalty": (None, 1, 1.0),
+    "spaces_between_special_tokens": (None, True),
+    "logits_processors": (None, []),
+    "kv_transfer_params": (None, {}),
+    "vllm_xargs": (None, {}),
+}
+"""Fields of vLLM that may only say what holds anyway."""
 
 B = TypeVar("B", bound="Fields")
 
@@ -143,6 +152,7 @@ class Body(Fields):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -233,6 +243,7 @@ class Body(Fields):
 
 class CompletionBody(Body):
     not_yet: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **NOT_YET,
         "echo": (None, False),
         "best_of": (None, 1),
         "suffix": (None, ""),
@@ -251,6 +262,10 @@ class CompletionBody(Body):
 
 class ChatBody(Body):
     not_yet: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **NOT_YET,
+        "echo": (None, False),
+        "chat_template": (None,),
+        "mm_processor_kwargs": (None, {}),
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
         "modalities": (None, ["text"]),

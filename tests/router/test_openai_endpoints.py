@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
+from core.errors import InvalidRequestError
 from router.info import ClusterInfo
+from router.openai_http import read_body
 from tests.router.front_doors import WAIT_S, FrontDoors, front_doors, http_app, http_door, http_routes
 
 pytestmark = pytest.mark.anyio
@@ -134,6 +138,24 @@ async def test_token_ids_for_who_asks(doors: FrontDoors, http: httpx.AsyncClient
     assert answer["prompt_token_ids"] == doors.dispatcher.running[-1].request.prompt_token_ids
     chunks = await chunks_of(http, CHAT, {"messages": HI, **told})
     assert [i for chunk in chunks for i in chunk["choices"][0].get("token_ids", [])] == output
+
+
+async def test_tokens_go_by_their_ids_for_who_asks(doors: FrontDoors, http: httpx.AsyncClient) -> None:
+    body = {"prompt": "a", "logprobs": 1, "return_tokens_as_token_ids": True}
+    told = (await http.post(COMPLETIONS, json=body)).json()["choices"][0]["logprobs"]
+    assert told["tokens"] == [f"token_id:{token_id}" for token_id in doors.tokenizer.encode("the pipe")]
+
+
+async def test_a_body_that_does_not_end_is_refused() -> None:
+    async def receive() -> Any:
+        if parts:
+            return {"type": "http.request", "body": parts.pop(), "more_body": True}
+        await asyncio.Event().wait()
+        return {}
+
+    parts = [b"{"]
+    with pytest.raises(InvalidRequestError, match="body: got '1 bytes and no end'"):
+        await read_body(Request({"type": "http", "method": "POST", "headers": []}, receive), timeout_s=0.05)
 
 
 async def test_a_request_goes_by_the_id_its_client_chose(doors: FrontDoors, http: httpx.AsyncClient) -> None:
