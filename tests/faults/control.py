@@ -37,14 +37,20 @@ Action = Literal["hold", "kill", "freeze", "damage", "cut", "sleep", "nap"]
 
 @dataclass
 class _Worker:
-    """One life of a worker. `said` brings `armed` and `at`."""
+    """One life of a worker. `said` brings `armed` and `at`, `cancels` when each cancel came, in s."""
 
     connection: socket.socket
     pid: int
     said: queue.Queue[str] = field(default_factory=queue.Queue)
+    cancels: queue.Queue[float] = field(default_factory=queue.Queue)
 
     def tell(self, line: str) -> None:
         self.connection.sendall(f"{line}\n".encode())
+
+    def expect(self, word: str) -> None:
+        """Wait for it; what else was said is forgotten."""
+        while (said := self.said.get(timeout=WAIT_S)) != word:
+            assert said != "gone", "the worker is gone"
 
 
 class StepControl:
@@ -64,8 +70,7 @@ class StepControl:
         """What happens to a worker at its next such step; takes the place of what was to happen before."""
         worker = self._of(worker_id)
         worker.tell(f"arm {step.value} {layer} {action} {seconds}")
-        while worker.said.get(timeout=WAIT_S) != "armed":
-            pass  # it was at an earlier step that nobody waited for
+        worker.expect("armed")  # it may be at an earlier step that nobody waited for
 
     def weather(
         self,
@@ -78,8 +83,7 @@ class StepControl:
         """What becomes of the bytes on one of a worker's ways, from now on: late, kept back, or cut off."""
         worker = self._of(worker_id)
         worker.tell(f"net {way} {what} {delay_s} {jitter_s}")
-        while worker.said.get(timeout=WAIT_S) != "armed":
-            pass
+        worker.expect("armed")
 
     def reached(self, worker_id: str) -> int:
         """Wait until it is there; its process id."""
@@ -87,9 +91,23 @@ class StepControl:
         assert worker.said.get(timeout=WAIT_S) == "at"
         return worker.pid
 
+    def forget_cancels(self, worker_id: str) -> None:
+        worker = self._of(worker_id)
+        while not worker.cancels.empty():
+            worker.cancels.get_nowait()
+
+    def cancelled(self, worker_id: str) -> float:
+        """When the next cancel came to the worker, by `time.monotonic`, which all processes of a host share; waits."""
+        return self._of(worker_id).cancels.get(timeout=WAIT_S)
+
     def go(self, worker_id: str) -> None:
         """End a hold."""
         self._of(worker_id).tell("go")
+
+    def are_here(self) -> list[str]:
+        """Workers that take orders now."""
+        with self._changed:
+            return sorted(self._workers)
 
     def pid(self, worker_id: str) -> int:
         return self._of(worker_id).pid
@@ -119,9 +137,14 @@ class StepControl:
                 self._changed.notify_all()
             try:
                 for line in lines:
-                    worker.said.put(line.strip())
+                    kind, _, value = line.strip().partition(" ")
+                    if kind == "cancelled":
+                        worker.cancels.put(float(value))
+                    else:
+                        worker.said.put(kind)
             except OSError:
                 pass  # it was killed
+            worker.said.put("gone")
         with self._changed:
             if self._workers.get(worker_id) is worker:
                 del self._workers[worker_id]

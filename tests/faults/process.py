@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from cluster.steps import Step
 from cluster.worker_process import WorkerProcess
 from core.clock import Clock
 from core.messages import Connect, WorkerRole
+from core.ticket import AttemptKey
 from engine.kv_storage import KVStorage
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
@@ -80,6 +82,17 @@ class Faults:
         """What is to happen to the payload that leaves now: `damage`, `cut` or nothing."""
         damage, self._damage = self._damage, ""
         return damage
+
+    def hear_cancels(self, plane: KVPlane) -> KVPlane:
+        """Have the plane tell when a cancel comes to it."""
+        cancel = plane.cancel
+
+        def told(key: AttemptKey) -> None:
+            cancel(key)
+            self._say(f"cancelled {time.monotonic()}")
+
+        plane.cancel = told  # type: ignore[method-assign]
+        return plane
 
     def _obey(self) -> None:
         for line in self._lines:
@@ -158,7 +171,8 @@ def start(arguments: list[str], spec: str) -> tuple[Started, process.Process]:
             kv_host = HIGHER_HOST if parsed.role is WorkerRole.DECODE else host
             inner = ProxiedRendezvous(kv_host, storage.device, config, network.proxies["kv"])
         rendezvous: Any = FaultyRendezvous(inner, faults)
-        return KVPlane(incarnation, storage, host, config, clock, notify, rendezvous)
+        plane = KVPlane(incarnation, storage, host, config, clock, notify, rendezvous)
+        return faults.hear_cancels(plane)
 
     worker = ProxiedWorker(parsed, lambda: arguments[1], faults, make_plane)
     worker.network = network
