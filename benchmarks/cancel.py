@@ -57,7 +57,17 @@ def main() -> None:
         met = "" if each.p99_ms <= TARGET_MS else f", more than {TARGET_MS:g} ms"
         print(f"{each.step:8} p50 {each.p50_ms} p90 {each.p90_ms} p99 {each.p99_ms} max {each.max_ms} ms{met}")
     if arguments.json:
-        print(json.dumps({"machine": machine(), "target_ms": TARGET_MS, "rows": [asdict(each) for each in rows]}))
+        command = f"python -m benchmarks.cancel --times {arguments.times} --json"
+        print(
+            json.dumps(
+                {
+                    "command": command,
+                    "machine": machine(),
+                    "target_ms": TARGET_MS,
+                    "rows": [asdict(each) for each in rows],
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

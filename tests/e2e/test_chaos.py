@@ -168,12 +168,7 @@ def here(going: Run, names: Sequence[str]) -> list[str]:
 
 def change_weather(going: Run, rng: random.Random) -> None:
     """For a while a worker's way to the router, or to its pairs, is slow, silent or cut."""
-    victim, way, what, seconds = (
-        rng.choice(here(going, WORKERS)),
-        rng.choice(WAYS),
-        rng.choice(WHATS),
-        rng.choice((0.1, 1.0, 2.0)),
-    )
+    victim, way, what = rng.choice(here(going, WORKERS)), rng.choice(WAYS), rng.choice(WHATS)
     if what != "open":
         going.away.append((victim, time.monotonic(), time.monotonic() + BACK_S))
     going.world.steps.weather(victim, way, what, delay_s=0.005, jitter_s=0.05)

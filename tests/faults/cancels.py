@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cluster.steps import Step
 from penstock import Client, RequestCancelledError
-from tests.faults.control import World
+from tests.faults.control import QUICK, World
 
 HOLDERS = {
     Step.RESERVE: "decode-0",
@@ -49,4 +49,5 @@ def delivery_s(world: World, client: Client, step: Step, name: str) -> float:
         took_s = world.steps.cancelled(told) - cancelled_at
         world.steps.go(holder)
         asked.result()
+    world.wait_until_nothing_is_held(QUICK.lease_s)  # else the next is held at what is left of this one
     return took_s
