@@ -93,7 +93,7 @@ def fleet_of(num_workers: int) -> Fleet:
     for i in range(num_workers):
         role = WorkerRole.MIXED if i % 10 == 9 else WorkerRole.PREFILL if i % 3 == 0 else WorkerRole.DECODE
         name = f"{role.value}-{i}"
-        fleet.add(name, KindKey(role, DEVICES[i % 2], CACHE, 32_768), 64, 8192)
+        fleet.add(name, KindKey(role, DEVICES[i % 2], CACHE, 32_768, runs_alone=True), 64, 8192)
         names[role].append(name)
     for prefill in names[WorkerRole.PREFILL] + names[WorkerRole.MIXED]:
         for decode in names[WorkerRole.DECODE] + names[WorkerRole.MIXED]:

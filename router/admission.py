@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 
 from core.errors import OverloadedError
+from core.request import Request
 from router.config import DispatchConfig
 from router.fair_queue import Claim, FairQueue
+from router.policies.fleet import Fleet
+from router.policies.search import soonest_s
 
 TENANT_MEMORY_S = 60.0
 """How long a tenant that asked for something counts as one that may want room in the queue."""
 MAX_TENANTS = 1024
+PATIENCE_S = 30.0
+"""By when a request is due that says nothing itself."""
 SHARE = 2.0
 """Places that a tenant may hold for each that is left, while others want some: two thirds of the queue at most."""
 
@@ -80,12 +85,39 @@ class Door:
     all of it: a place is left for whoever comes next, so that fairness begins at the door.
     """
 
-    def __init__(self, config: DispatchConfig, queue: FairQueue, advice: RetryAdvice) -> None:
+    def __init__(
+        self,
+        config: DispatchConfig,
+        queue: FairQueue,
+        advice: RetryAdvice,
+        fleet: Fleet,
+        slo_ttft_s: float | None = None,
+    ) -> None:
         self._config = config
         self._queue = queue
         self._advice = advice
+        self._fleet = fleet
+        self._slo_ttft_s = slo_ttft_s
         self.drain = DrainRate()
         self._asked: OrderedDict[str, float] = OrderedDict()  # when each tenant asked last
+
+    def claim(self, request: Request, timeout_s: float | None, now_s: float) -> Claim:
+        """A request is due when its target or its timeout says so; priority moves that by the time it counts as."""
+        num_output = min(self._fleet.output_tokens.value, request.sampling.max_tokens)
+        patience_s = min(limit for limit in (PATIENCE_S, timeout_s, self._slo_ttft_s) if limit is not None)
+        return Claim(
+            tenant=request.user,
+            cost=self._fleet.work_s(request.num_tokens, num_output),
+            due_s=now_s + patience_s + request.priority * self._config.priority_aging_s,
+            num_tokens=request.num_tokens,
+        )
+
+    def check(self, request: Request, timeout_s: float | None, now_s: float) -> None:
+        """Whether to let it in, by the queue as it stands."""
+        claim, slo_s = self.claim(request, timeout_s, now_s), self._slo_ttft_s
+        self.check_room(claim, now_s)
+        if slo_s is not None and self._fleet.longest_route(request.disaggregate):
+            self.check_slo(claim, soonest_s(request.num_tokens, self._fleet), slo_s, now_s)
 
     def check_room(self, claim: Claim, now_s: float) -> None:
         queue, config = self._queue, self._config

@@ -22,7 +22,7 @@ from core.request import FinishReason, Request, RequestState
 from router.admission import Door, RetryAdvice
 from router.attempt import Outcome, Refusal, TooSlow
 from router.config import DispatchConfig, PlacementConfig
-from router.fair_queue import Claim, FairQueue
+from router.fair_queue import FairQueue
 from router.flow import AttemptFlow
 from router.info import ClusterInfo
 from router.learning import Learner
@@ -31,7 +31,7 @@ from router.moving import Mover
 from router.policies import make_policy
 from router.policies.model import Need, Placement
 from router.policies.place import place
-from router.policies.search import can_ever, soonest_s, wish
+from router.policies.search import can_ever, wish
 from router.silent import Silent
 from router.stream import RequestStream
 from router.workers import Workers
@@ -64,7 +64,7 @@ class Dispatcher:
         self._observer = observer or Silent()
         self._queue = FairQueue(config.tenant_weights)
         self._advice = RetryAdvice()
-        self._door = Door(config, self._queue, self._advice)
+        self._door = Door(config, self._queue, self._advice, self._fleet, self._placement.slo_ttft_s)
         self._seq = count()
         self._ledger = Ledger(self._observer)
         self.counts = Counts()
@@ -107,7 +107,7 @@ class Dispatcher:
         if timeout_s is not None:
             entry.deadline_timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, entry, timeout_s)
         self._ledger.open(entry)
-        self._queue.push(entry, self._claim(request, now_s, timeout_s))
+        self._queue.push(entry, self._door.claim(request, timeout_s, now_s))
         self._pump()
         return stream
 
@@ -159,26 +159,10 @@ class Dispatcher:
         longest = self._workers.max_model_len
         if longest is not None and request.num_tokens + 1 > longest:
             raise InvalidRequestError("prompt", request.num_tokens, f"must be under {longest} tokens")
-        if len(self._queue):
+        if len(self._queue) >= self._config.max_queue_len:
             self._pump()  # what has room by now does not count
-        now_s, slo_s = self._clock(), self._placement.slo_ttft_s
-        claim = self._claim(request, now_s, timeout_s)
-        self._door.check_room(claim, now_s)
-        if slo_s is not None and self._fleet.longest_route(request.disaggregate):
-            self._book()
-            self._door.check_slo(claim, soonest_s(request.num_tokens, self._fleet), slo_s, now_s)
-
-    def _claim(self, request: Request, now_s: float, timeout_s: float | None) -> Claim:
-        """A request is due when its target or its timeout says so; priority moves that by the time it counts as."""
-        config = self._config
-        num_output = min(self._fleet.output_tokens.value, request.sampling.max_tokens)
-        patience_s = min(limit for limit in (PATIENCE_S, timeout_s, self._placement.slo_ttft_s) if limit is not None)
-        return Claim(
-            tenant=request.user,
-            cost=self._fleet.work_s(request.num_tokens, num_output),
-            due_s=now_s + patience_s + request.priority * config.priority_aging_s,
-            num_tokens=request.num_tokens,
-        )
+        self._book()
+        self._door.check(request, timeout_s, self._clock())
 
     # ---- the workers' side
 
@@ -354,7 +338,7 @@ class Dispatcher:
     def _requeue(self, entry: Entry, event: LifecycleEvent) -> None:
         entry.request.advance(RequestState.WAITING)
         self._ledger.note(entry, event, self._clock())
-        self._queue.push(entry, self._claim(entry.request, entry.arrived_s, None))
+        self._queue.push(entry, self._door.claim(entry.request, None, entry.arrived_s))
         self.on_change()
 
     def _expire(self, entry: Entry, timeout_s: float) -> None:
@@ -388,8 +372,6 @@ class Dispatcher:
         self.on_change()
 
 
-PATIENCE_S = 30.0
-"""By when a request is due that says nothing itself."""
 NOBODY: frozenset[str] = frozenset()
 
 

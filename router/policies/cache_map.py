@@ -8,7 +8,7 @@ from itertools import islice, pairwise
 
 from core.messages import CacheChanged
 
-MAX_PROBES = 8
+MAX_PROBES = 5
 """Blocks of a prompt that are looked up to tell workers apart, so that a match takes about the same time for any."""
 NUM_SWEPT = 64
 """Entries rid of workers that are gone, with each block that comes."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from operator import itemgetter
 
 from core.messages import WorkerRole
 from router.policies.fleet import Kind, Lane, Worker
 from router.policies.least_loaded import fastest
 from router.policies.power_of_two import ascending
-from router.policies.search import NUM_HOLDERS, Candidates, Choice, Search
+from router.policies.search import NO_LIMIT, NUM_HOLDERS, Candidates, Choice, Search
 
 MIXED = WorkerRole.MIXED
 NUM_FIRST = 4
@@ -28,37 +29,56 @@ class PrefixAware:
     def choose(self, search: Search, rng: random.Random) -> Choice | None:
         if not any(search.levels(cache) for cache in search.need.hashes):
             return fastest(search, "no_prefix_cached")
-        fleet = search.fleet
+        fleet, draw, num_output = search.fleet, rng.random, search.num_output_tokens
         prefills = near(search, fleet.prefill_lanes, fleet.prefill_bits, rng)
         others = near(search, fleet.decode_lanes, fleet.decode_bits, rng)
         others |= {p: None for p in prefills if p.role is MIXED}
-        decodes = [d for d in others if search.has_blocks(d)]
-        num_tokens, num_output, draw = search.need.num_tokens, search.num_output_tokens, rng.random
         read_s = {p: search.prefill_s(p) * (1.0 + JITTER * draw()) for p in prefills}
-        write_s = {d: search.step_s(d) * num_output * (1.0 + JITTER * draw()) for d in decodes}
-        sent = [(d, write_s[d], num_tokens - search.num_cached(d)) for d in decodes]
-        both = [d for d in decodes if d.role is MIXED and d in read_s] if search.need.mode != "require" else []
-        orders: dict[Kind, list[Candidates]] = {}
-
-        def decodes_for(prefill: Worker) -> list[Candidates]:
-            """The handover depends on the kind of the prefill worker, and on what the decode worker has."""
-            kind = prefill.kind
-            if kind not in orders:
-                orders[kind] = ascending((cost + kind.link(d.kind).at(num), d) for d, cost, num in sent)
-            return orders[kind]
-
-        choice = search.cheapest(
-            ascending((cost, p) for p, cost in read_s.items()),
-            decodes_for,
-            ascending((read_s[d] + cost, d) for d, cost in write_s.items() if d in both),
-            "prefix_cached",
-            min(write_s.values(), default=0.0),
-        )
+        write_s = {d: search.step_s(d) * num_output * (1.0 + JITTER * draw()) for d in others if search.has_blocks(d)}
+        choice = best_of(search, read_s, write_s)
         if choice is None:
             return fastest(search, "no_holder_has_room")
         if search.num_cached(choice.prefill) or search.num_cached(choice.decode):
             return choice
         return Choice(choice.prefill, choice.decode, "holders_busy")
+
+
+def best_of(search: Search, read_s: Mapping[Worker, float], write_s: Mapping[Worker, float]) -> Choice | None:
+    """The least sum, handover included. The best of each half are nearly always a pair that is up."""
+    if not write_s:
+        return None
+    alone_s, alone = NO_LIMIT, None
+    if search.need.mode != "require":
+        sums = ((read_s[d] + cost, d) for d, cost in write_s.items() if d.role is MIXED and d in read_s)
+        alone_s, alone = min(sums, key=itemgetter(0), default=(NO_LIMIT, None))
+    if read_s:
+        prefill = min(read_s, key=read_s.__getitem__)
+        handed_s, decode = min(
+            ((cost + search.handover_s(prefill, d), d) for d, cost in write_s.items() if d is not prefill),
+            key=itemgetter(0),
+            default=(NO_LIMIT, prefill),
+        )
+        if read_s[prefill] + handed_s < alone_s:
+            if search.connected(prefill, decode):
+                return Choice(prefill, decode, "prefix_cached")
+            return best_connected(search, read_s, write_s, alone_s, alone)
+    return None if alone is None else Choice(alone, alone, "prefix_cached")
+
+
+def best_connected(
+    search: Search,
+    read_s: Mapping[Worker, float],
+    write_s: Mapping[Worker, float],
+    alone_s: float,
+    alone: Worker | None,
+) -> Choice | None:
+    """The same, over pairs that are up only."""
+
+    def decodes_for(prefill: Worker) -> list[Candidates]:
+        return ascending((cost + search.handover_s(prefill, d), d) for d, cost in write_s.items())
+
+    both = [[(alone_s, alone)]] if alone is not None else []
+    return search.cheapest(ascending((cost, p) for p, cost in read_s.items()), decodes_for, both, "prefix_cached")
 
 
 def near(search: Search, lanes: Mapping[Kind, Lane], half: int, rng: random.Random) -> dict[Worker, None]:
@@ -77,11 +97,12 @@ def near(search: Search, lanes: Mapping[Kind, Lane], half: int, rng: random.Rand
         num_left, half_left = NUM_HOLDERS, half
         for num_blocks, mask in search.levels(cache):
             fresh = mask & half_left
+            half_left &= ~mask
+            many = fresh.bit_count() > num_left
             while fresh and num_left:
-                above = fresh >> int(rng.random() * fresh.bit_length())
+                above = fresh >> int(rng.random() * fresh.bit_length()) if many else fresh
                 bit = 1 << (fresh.bit_length() - above.bit_length() + (above & -above).bit_length() - 1)
                 fresh ^= bit
-                half_left ^= bit
                 num_left -= 1
                 worker = fleet.workers[fleet.caches.name(bit)]
                 if search.may(worker):

@@ -28,7 +28,7 @@ class Choice:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: a dozen are made for each decision
 class Offer:
     """The workers of a lane, each at a cost of `base + slope * load`; those loaded above `most` are left out."""
 

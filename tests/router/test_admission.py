@@ -11,6 +11,7 @@ from router.admission import TENANT_MEMORY_S, Door, DrainRate, RetryAdvice
 from router.config import DispatchConfig
 from router.fair_queue import Claim, FairQueue
 from router.ledger import Entry
+from router.policies.fleet import Fleet
 from router.stream import RequestStream
 
 
@@ -87,7 +88,7 @@ def test_what_is_served_without_a_queue_tells_nothing_of_the_pace() -> None:
 def door(*, max_queue_len: int = 9, max_queued_tokens: int = 1000) -> tuple[Door, FairQueue]:
     queue = FairQueue({})
     config = DispatchConfig(max_queue_len=max_queue_len, max_queued_tokens=max_queued_tokens)
-    return Door(config, queue, RetryAdvice()), queue
+    return Door(config, queue, RetryAdvice(), Fleet()), queue
 
 
 def fill(queue: FairQueue, count: int, tenant: str = "", num_tokens: int = 1) -> None:
