@@ -102,11 +102,14 @@ class Door:
         self._asked: OrderedDict[str, float] = OrderedDict()  # when each tenant asked last
 
     def claim(self, request: Request, timeout_s: float | None, now_s: float) -> Claim:
-        """A request is due when its target or its timeout says so; priority moves that by the time it counts as."""
+        """A request is due when its target or its timeout says so; priority moves that by the time it counts as.
+
+        Its tenant is its API key's, or where there are no keys the user that it names.
+        """
         num_output = min(self._fleet.output_tokens.value, request.sampling.max_tokens)
         patience_s = min(limit for limit in (PATIENCE_S, timeout_s, self._slo_ttft_s) if limit is not None)
         return Claim(
-            tenant=request.user,
+            tenant=request.tenant or request.user,
             cost=self._fleet.work_s(request.num_tokens, num_output),
             due_s=now_s + patience_s + request.priority * self._config.priority_aging_s,
             num_tokens=request.num_tokens,
@@ -128,7 +131,7 @@ class Door:
         if length and queue.num_tokens + claim.num_tokens > config.max_queued_tokens:
             self._refuse(f"the queue is full: {queue.num_tokens} tokens wait", 0.0, now_s)
         if len(self._asked) > 1 and own >= SHARE * (config.max_queue_len - length):
-            self._refuse(f"the share of this user in the queue is full: {own} requests wait", 0.0, now_s)
+            self._refuse(f"this tenant's share of the queue is full: {own} requests wait", 0.0, now_s)
 
     def check_slo(self, claim: Claim, service_s: float, slo_s: float, now_s: float) -> None:
         """`service_s`: from placement to the first token. Where nothing is known of the queue's pace, it is let in."""

@@ -56,14 +56,14 @@ class DispatchConfig:
     """How the router queues, places and recovers requests."""
 
     max_queue_len: int = 1024
-    """Requests that may wait for a worker; further ones are refused with a time to retry after. While several users
-    ask, one alone may have two thirds of the places."""
+    """Requests that may wait for a worker; further ones are refused with a time to retry after. While several
+    tenants ask, one alone may have two thirds of the places."""
     max_queued_tokens: int = 2_000_000
     """Prompt tokens of the requests that wait, which bounds the memory they take: about 40 bytes each."""
     priority_aging_s: float = 5.0
     """Waiting for so long, in seconds, counts as much as one level of priority."""
     tenant_weights: dict[str, float] = field(default_factory=dict)
-    """Shares of users in what the workers do, by the field `user` of their requests; 1 for those not named."""
+    """Shares in what the workers do, by tenant: an API key's, or the `user` of requests without; 1 if not named."""
     max_attempts: int = 3
     """Attempts at one request, the first included, before its failure reaches the client."""
     stream_buffer_tokens: int = 4096

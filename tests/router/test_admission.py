@@ -110,7 +110,7 @@ def test_while_others_ask_room_is_left_for_them() -> None:
     at, queue = door()
     at.check_room(Claim("other", 1.0, 0.0, 1), 0.0)
     fill(queue, 6, "greedy")
-    with pytest.raises(OverloadedError, match="share of this user"):
+    with pytest.raises(OverloadedError, match="this tenant's share"):
         at.check_room(Claim("greedy", 1.0, 0.0, 1), 1.0)
     at.check_room(Claim("other", 1.0, 0.0, 1), 1.0)
     at.check_room(Claim("greedy", 1.0, 0.0, 1), 2.0 + TENANT_MEMORY_S)  # nobody else has asked for long
