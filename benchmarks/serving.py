@@ -48,9 +48,9 @@ SCALE, MAX_INPUTS, MAX_OUTPUTS, VOCAB_SIZE = 0.4, 1024, 128, 7000
 EXTRA_BODY = {"return_token_ids": True}
 """Every token is told in a message, also one that has no text: random weights write many."""
 WARM_UP = 4
-START_S, TAIL_S = 12.0, 12.0
+START_S, TAIL_S = 12.0, 8.0
 """Reckoned for a start of our server with its warm-up, and for what is under way after the last arrival."""
-MIN_REQUESTS, PRIORITY = 10, -10
+MIN_REQUESTS, MIN_IN_TURN, PRIORITY = 10, 5, -10
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             kept = {spec.label: server for spec, server in self._started(Path(folder), stack)}
             counts = self._counts()
-            rounds = max(1, min(self.options.rounds, *(count // MIN_REQUESTS for count in counts.values())))
+            rounds = max(1, min(self.options.rounds, *(count // MIN_IN_TURN for count in counts.values())))
             for number in range(rounds):
                 part = {rate: count // rounds + (number < count % rounds) for rate, count in counts.items()}
                 for spec in self.specs:
@@ -283,10 +283,12 @@ def main() -> int:
         print("serving: the C++ kernels can't be built: torch's would be measured", file=sys.stderr)
         return 2
     bench = Bench(options, specs_of(options), say, rows)
-    bench.run()
-    result = result_of(bench)
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        bench.run()
+    finally:  # what was measured is kept, also where the rest was cut short
+        result = result_of(bench)
+        if options.output:
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
     if options.json:
         print(json.dumps(result))
     else:
