@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
+import struct
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -57,7 +59,7 @@ class Proxy:
         async def break_all() -> None:
             self._broken = True
             for writer in self._writers:
-                writer.transport.abort()
+                reset(writer)
 
         self._call(break_all())
 
@@ -74,12 +76,12 @@ class Proxy:
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if self._broken:
-                writer.transport.abort()
+                reset(writer)
                 return
             try:
                 there, back = await asyncio.open_connection(host, int(port))
             except OSError:
-                writer.transport.abort()
+                reset(writer)
                 return
             delay_s = self._rng.random()  # of all this connection, as a share of the jitter
             for source, sink in ((reader, back), (there, writer)):
@@ -103,6 +105,12 @@ class Proxy:
                 await sink.drain()
             sink.write_eof()
         except OSError:
-            sink.transport.abort()
+            reset(sink)
         finally:
             self._writers.discard(sink)
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection as a cut does, not in good order."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
