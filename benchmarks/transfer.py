@@ -4,9 +4,10 @@
 
 Links: the whole way of a prompt's KV, up to the word that decode may begin (out of the cache, over, into blocks, every
 byte under a checksum, compared with the commit record), beside the least that could be done. For shared memory that is
-one copy of the same bytes in memory; for gloo, gloo alone with messages of the same size. Beside a real model: what
-sending costs its prefill, and what of it is not hidden behind it (`transfer_prefill`). And, but for a quick run, what
-the death of a decode worker costs the streams that it wrote (`recovery`).
+one copy of the same bytes in memory; for gloo and TCP, gloo alone with messages of the same size. Beside a real model:
+what sending costs its prefill, what of it is not hidden behind it, and from which length on layers should leave one by
+one (`transfer_prefill`). And, but for a quick run, what the death of a decode worker costs the streams that it wrote
+(`recovery`).
 
 More is better in every row; `ratio` is value / peer, and a row is `ok` where that reaches the target. Values are
 medians; ours and the peer's are taken in turns, so that both see the same machine. With --json all that is printed is
@@ -33,6 +34,7 @@ from benchmarks.transfer_prefill import prefill_rows
 from core.kv_layout import KVLayout
 from engine.kv_storage import KVStorage
 from kernels.memory import zeros
+from kv_transfer.config import Backend
 
 MIB = 1 << 20
 LAYOUT = KVLayout("bench", "", num_layers=8, num_kv_heads=8, head_size=128, block_size=16, dtype="float32")
@@ -89,22 +91,25 @@ def shared_memory_rows(num_mib: int, num_repeats: int) -> list[Row]:
     return rows
 
 
-def gloo_rows(num_mib: int, num_repeats: int) -> list[Row]:
+def network_rows(backend: Backend, num_mib: int, num_repeats: int) -> list[Row]:
+    """Over the loopback network: `gloo`, or `tcp`, which is chosen between hosts."""
     rows, storage = [], filled_storage(load_of(num_mib))
     payload = zeros(load_of(num_mib).num_bytes).fill_(1)
-    with link(storage, "gloo") as ours:
+    with link(storage, backend) as ours:
         for mib, target in ((num_mib, 0.85), (1, 0.6)):
             load = load_of(mib)
             taken, alone = in_turns(num_repeats, partial(ours.transfer, load), partial(ours.gloo, payload, load))
             size = load.num_bytes / MIB
-            name = f"gloo, segments of {mib} MiB"
+            name = f"{backend}, segments of {mib} MiB"
             rows.append(Row.of(name, size / taken, "MiB/s", target, size / alone, detail=GLOO))
     return rows
 
 
 def run(num_mib: int, num_repeats: int, *, with_recovery: bool = False) -> list[Row]:
     torch.set_num_threads(1)
-    rows = shared_memory_rows(num_mib, num_repeats) + gloo_rows(num_mib, num_repeats) + prefill_rows(num_repeats)
+    rows = shared_memory_rows(num_mib, num_repeats)
+    rows += network_rows("gloo", num_mib, num_repeats) + network_rows("tcp", num_mib, num_repeats)
+    rows += prefill_rows(num_repeats)
     return rows + (recovery_rows() if with_recovery else [])
 
 

@@ -6,7 +6,7 @@ from benchmarks import transfer
 from benchmarks.rows import Row
 from benchmarks.transfer import LAYOUT, MIB, load_of
 from benchmarks.transfer_link import Load
-from benchmarks.transfer_prefill import Measured, rows_of
+from benchmarks.transfer_prefill import Measured, Ways, crossover_rows, rows_of
 
 
 def test_a_load_is_as_large_as_it_says() -> None:
@@ -25,6 +25,8 @@ def test_every_link_has_its_peer_measured_beside_it(monkeypatch: pytest.MonkeyPa
         "reserve and commit",
         "gloo, segments of 2 MiB",
         "gloo, segments of 1 MiB",
+        "tcp, segments of 2 MiB",
+        "tcp, segments of 1 MiB",
     ]
     assert all(row.value > 0 for row in rows)
     assert all((row.peer is not None) == (row.name != "reserve and commit") for row in rows)
@@ -42,6 +44,14 @@ def test_what_is_not_hidden_may_take_the_last_segments_time_and_two_milliseconds
 def test_a_prefill_may_be_two_percent_slower_while_it_sends() -> None:
     assert ok(rows_of(512, Measured(0.1, 0.1019, 0.001, 0.001))) == [True, True]
     assert ok(rows_of(512, Measured(0.1, 0.1025, 0.001, 0.001))) == [True, False]
+
+
+def test_the_crossover_is_the_longest_prompt_for_which_serial_is_not_dearer() -> None:
+    ways = {16: Ways(0.002, 0.001, 0.001), 64: Ways(0.002, 0.0021, 0.002), 128: Ways(0.002, 0.002, 0.002)}
+    (row,) = crossover_rows(ways)
+    assert (row.value, row.unit) == (128, "tokens")
+    (never,) = crossover_rows({16: Ways(0.001, 0.002, 0.001)})
+    assert never.value == 0
 
 
 def test_short_prompts_are_for_the_record() -> None:
