@@ -140,6 +140,7 @@ class Outbox:
 
     def _wait(self, done: Callable[[], bool], patience_s: float) -> None:
         while not done() and not self._stuck:
+            self._changed.notify_all()  # of what was put with more to come, which may be what is waited for
             num_left = self._num_left
 
             def moved(num_left: int = num_left) -> bool:

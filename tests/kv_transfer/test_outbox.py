@@ -168,3 +168,23 @@ def test_staged_payload_that_can_not_be_queued_is_given_back(end: str) -> None:
         outbox.close()
     assert not outbox.put(Outgoing(outgoing(200).entry, piece, staged=True), WAIT_S, lambda: end == "close")
     assert outbox.num_bytes == 0
+
+
+def test_nobody_is_woken_for_what_is_put_with_more_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox, woken = Outbox(1000, 1000), list[int]()
+    monkeypatch.setattr(outbox._changed, "notify_all", lambda: woken.append(layer))
+    for layer in range(3):
+        assert outbox.put(outgoing(layer=layer), WAIT_S, always, more=layer < 2)
+    assert woken == [2]
+
+
+def test_what_was_put_with_more_to_come_leaves_where_that_has_no_room() -> None:
+    outbox, taken = Outbox(1000, 1000, torch.zeros(150, dtype=torch.uint8)), list[list[Outgoing] | None]()
+    taking = threading.Thread(target=lambda: taken.append(outbox.take(WAIT_S)), daemon=True)
+    taking.start()
+    first = outbox.stage(100, WAIT_S, always)
+    assert first is not None
+    assert outbox.put(Outgoing(outgoing().entry, first, staged=True), WAIT_S, always, more=True)
+    assert outbox.stage(100, SOON_S, always) is None
+    taking.join(WAIT_S / 10)
+    assert [len(batch or []) for batch in taken] == [1]
