@@ -172,6 +172,7 @@ def test_staged_payload_that_can_not_be_queued_is_given_back(end: str) -> None:
 
 def test_nobody_is_woken_for_what_is_put_with_more_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     outbox, woken = Outbox(1000, 1000), list[int]()
+    layer: int
     monkeypatch.setattr(outbox._changed, "notify_all", lambda: woken.append(layer))
     for layer in range(3):
         assert outbox.put(outgoing(layer=layer), WAIT_S, always, more=layer < 2)
