@@ -44,6 +44,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.outbox import Outgoing
 from kv_transfer.ownership import Holding, Ledger, SendState
 from kv_transfer.plane import KVPlane
+from kv_transfer.streaming import UNMEASURED, LinkFit
 from kv_transfer.transport import Transport
 from tests.halves import BLOCK_SIZE, LAYOUT, kv
 
@@ -117,13 +118,18 @@ class Link:
     outbox: deque[Outgoing] = field(default_factory=deque)
     by_blocks: bool = True
 
+    @property
+    def fit(self) -> LinkFit:
+        """Every other link is such that layers leave one by one, over the rest they leave together."""
+        return LinkFit(1e-6, 1e6) if self.epoch % 2 else UNMEASURED
+
     def stage(self, num_bytes: int, wanted: Callable[[], bool]) -> Tensor | None:
         return torch.empty(num_bytes, dtype=torch.uint8) if wanted() and not self.closed else None
 
     def unstage(self, payload: Tensor) -> None:
         """Staging is as large as it is asked for."""
 
-    def put(self, outgoing: Outgoing, wanted: Callable[[], bool]) -> bool:
+    def put(self, outgoing: Outgoing, wanted: Callable[[], bool], *, more: bool = False) -> bool:
         if self.closed or not wanted():
             return False
         assert outgoing.entry.key not in self.sender.cancelled, f"{outgoing.entry.key} is sent after its cancel"
