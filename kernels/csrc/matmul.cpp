@@ -31,14 +31,16 @@ struct FloatTile {
     }
 };
 
+template <class Meanwhile>
 struct IntTile {
     const Int8Row* a;
     const int8_t* w;
     int64_t num_steps;
     int32_t* out;
+    const Meanwhile& meanwhile;
     template <int ROWS>
     void run() const {
-        int_tile<ROWS>(a, w, num_steps, out);
+        int_tile<ROWS>(a, w, num_steps, out, meanwhile);
     }
 };
 
@@ -124,18 +126,30 @@ void multiply_stored(const Weights& w, const PackedRows& rows, int64_t p, int64_
 void multiply_int8(const Weights& w, const PackedRows& rows, int64_t panel, int64_t first, int64_t last, const Finish& finish) {
     const int64_t row_len = int8_row_len(w.k), num_steps = row_len / INT8_STEP;
     const int8_t* data = static_cast<const int8_t*>(w.data) + panel * row_len * PANEL;
-    alignas(64) int32_t sums[MAX_ROWS * PANEL];
+    alignas(64) int32_t sums[2][MAX_ROWS * PANEL];
     const vf scales[2] = {load(w.scales + panel * PANEL), load(w.scales + panel * PANEL + LANES)};
     const vi shifts[2] = {load(w.sums + panel * PANEL), load(w.sums + panel * PANEL + LANES)};
-    for (int64_t tile = first; tile < last; ++tile) {
+    // A tile's rows are finished one by one while the next tile is computed.
+    int num_ready = 0;
+    for (int64_t tile = first; tile <= last; ++tile) {
+        const int64_t ready_row = (tile - 1) * MAX_ROWS;
+        const int32_t* ready = sums[(tile - 1) & 1];
+        const auto finish_row = [&](int r) {
+            if (r >= num_ready) return;
+            const float row_scale = rows.scales[ready_row + r];
+            finish(ready_row + r, 1, [&](int, int h) {
+                const vi sum = load(ready + r * PANEL + h * LANES);
+                return mul(to_float(INT8_STEP == 4 ? subtract(sum, shifts[h]) : sum), mul(set1(row_scale), scales[h]));
+            });
+        };
+        if (tile == last) {
+            for (int r = 0; r < num_ready; ++r) finish_row(r);
+            break;
+        }
         const int num_rows = rows.rows_in(tile);
-        const float* row_scales = rows.scales + tile * MAX_ROWS;
         finish.fetch(tile * MAX_ROWS, num_rows);
-        with_rows(num_rows, IntTile{rows.codes + tile * MAX_ROWS * row_len, data, num_steps, sums});
-        finish(tile * MAX_ROWS, num_rows, [&](int r, int h) {
-            const vi sum = load(sums + r * PANEL + h * LANES);
-            return mul(to_float(INT8_STEP == 4 ? subtract(sum, shifts[h]) : sum), mul(set1(row_scales[r]), scales[h]));
-        });
+        with_rows(num_rows, IntTile<decltype(finish_row)>{rows.codes + tile * MAX_ROWS * row_len, data, num_steps, sums[tile & 1], finish_row});
+        num_ready = num_rows;
     }
 }
 
@@ -165,17 +179,39 @@ inline void put_codes(vi codes, Int8Row* out, int num_rows, int64_t end) {
         for (int64_t j = 0; j < end; j += INT8_STEP) std::memcpy(out + j * num_rows, shifted + j, INT8_STEP * sizeof(Int8Row));
 }
 
-// One row as codes into its place of a tile, [K / step][rows][step], and its scale.
-float quantize_row(const float* x, int64_t k, Int8Row* out, int num_rows) {
-    const float most = largest(x, k);
-    const vf factor = set1(most > 0 ? 127.0f / most : 0.0f);
-    int64_t i = 0;
-    for (; i + LANES <= k; i += LANES) put_codes(to_int(mul(load(x + i), factor)), out + i * num_rows, num_rows, LANES);
+// Columns [start, K) of a row as codes into its place of a tile, [K / step][rows][step].
+void quantize_row(const float* x, float factor, int64_t start, int64_t k, Int8Row* out, int num_rows) {
+    int64_t i = start;
+    for (; i + LANES <= k; i += LANES) put_codes(to_int(mul(load(x + i), set1(factor))), out + i * num_rows, num_rows, LANES);
     if (i < k) {
         const vf rest = load_first(x + i, static_cast<int>(k - i));
-        put_codes(to_int(mul(rest, factor)), out + i * num_rows, num_rows, int8_row_len(k) - i);
+        put_codes(to_int(mul(rest, set1(factor))), out + i * num_rows, num_rows, int8_row_len(k) - i);
     }
-    return most / 127.0f;
+}
+
+// The same for the first columns of four neighbouring rows, whose groups are written together; returns how many columns.
+inline int64_t quantize_four([[maybe_unused]] const float* const* x, [[maybe_unused]] const float* factors,
+                             [[maybe_unused]] int64_t k, [[maybe_unused]] Int8Row* out, [[maybe_unused]] int num_rows) {
+    int64_t i = 0;
+#if defined(__AVX512VNNI__)
+    for (; i + LANES <= k; i += LANES) {
+        __m128i rows[4];
+        for (int r = 0; r < 4; ++r) {
+            const __m128i codes = _mm512_cvtepi32_epi8(to_int(mul(load(x[r] + i), set1(factors[r]))));
+            rows[r] = _mm_xor_si128(codes, _mm_set1_epi8(-128));  // + 128
+        }
+        const __m128i low[2] = {_mm_unpacklo_epi32(rows[0], rows[1]), _mm_unpacklo_epi32(rows[2], rows[3])};
+        const __m128i high[2] = {_mm_unpackhi_epi32(rows[0], rows[1]), _mm_unpackhi_epi32(rows[2], rows[3])};
+        const auto put = [&](int64_t group, __m128i four) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (i + group * INT8_STEP) * num_rows), four);
+        };
+        put(0, _mm_unpacklo_epi64(low[0], low[1]));
+        put(1, _mm_unpackhi_epi64(low[0], low[1]));
+        put(2, _mm_unpacklo_epi64(high[0], high[1]));
+        put(3, _mm_unpackhi_epi64(high[0], high[1]));
+    }
+#endif
+    return i;
 }
 
 // Blocks of k: what is written stays in the nearest cache until all rows have written there.
@@ -232,9 +268,19 @@ void pack_tile(const Weights& w, const RowSource& source, const PackedRows& rows
     const int64_t first = tile * MAX_ROWS, row_len = int8_row_len(w.k);
     const int num_rows = rows.rows_in(tile);
     if (rows.codes) {
+        const float* x[MAX_ROWS];
+        float factors[MAX_ROWS];
         for (int r = 0; r < num_rows; ++r) {
-            Int8Row* out = rows.codes + first * row_len + r * INT8_STEP;
-            rows.scales[first + r] = quantize_row(source.row(first + r, w.k), w.k, out, num_rows);
+            x[r] = source.row(first + r, w.k);
+            const float most = largest(x[r], w.k);
+            factors[r] = most > 0 ? 127.0f / most : 0.0f;
+            rows.scales[first + r] = most / 127.0f;
+        }
+        Int8Row* out = rows.codes + first * row_len;
+        for (int start = 0; start < num_rows; start += 4) {
+            const int end = std::min(start + 4, num_rows);
+            const int64_t done = end - start == 4 ? quantize_four(x + start, factors + start, w.k, out + start * INT8_STEP, num_rows) : 0;
+            for (int r = start; r < end; ++r) quantize_row(x[r], factors[r], done, w.k, out + r * INT8_STEP, num_rows);
         }
     } else if (rows.num_rows > 1) {
         transpose(source, first, num_rows, w.k, rows.floats + first * w.k);

@@ -169,23 +169,31 @@ inline IntSums add_products(IntSums sums, const Int8Row* a, IntSums b) {
 #endif
 }
 
-template <int ROWS, int SUMS>
-inline void int_tile_part(const Int8Row* a, const int8_t* w, int64_t num_steps, int first, int32_t* out) {
+// meanwhile(i) is called for each i below MAX_ROWS at even intervals: what it does fills the gaps of the loop.
+template <int ROWS, int SUMS, class Meanwhile>
+inline void int_tile_part(const Int8Row* a, const int8_t* w, int64_t num_steps, int first, int32_t* out, const Meanwhile& meanwhile) {
     IntSums sums[ROWS][SUMS];
     for (int r = 0; r < ROWS; ++r)
         for (int s = 0; s < SUMS; ++s) sums[r][s] = no_sums();
-    for (int64_t step = 0; step < num_steps; ++step) {
-        IntSums b[SUMS];
-        for (int s = 0; s < SUMS; ++s) b[s] = load_codes(w + (step * PANEL + (first + s) * COLUMNS_PER_SUM) * INT8_STEP);
+    const int64_t pace = num_steps / MAX_ROWS;
+    int64_t step = 0;
+    for (int call = 0; call <= MAX_ROWS; ++call) {
+        const int64_t end = call < MAX_ROWS ? (call + 1) * pace : num_steps;
+        for (; step < end; ++step) {
+            IntSums b[SUMS];
+            for (int s = 0; s < SUMS; ++s) b[s] = load_codes(w + (step * PANEL + (first + s) * COLUMNS_PER_SUM) * INT8_STEP);
 #pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r)
-            for (int s = 0; s < SUMS; ++s) sums[r][s] = add_products(sums[r][s], a + (step * ROWS + r) * INT8_STEP, b[s]);
+            for (int r = 0; r < ROWS; ++r)
+                for (int s = 0; s < SUMS; ++s) sums[r][s] = add_products(sums[r][s], a + (step * ROWS + r) * INT8_STEP, b[s]);
+        }
+        if (call < MAX_ROWS) meanwhile(call);
     }
     for (int r = 0; r < ROWS; ++r)
         for (int s = 0; s < SUMS; ++s) store_sums(out + r * PANEL + (first + s) * COLUMNS_PER_SUM, sums[r][s]);
 }
 
-template <int ROWS>
-inline void int_tile(const Int8Row* a, const int8_t* w, int64_t num_steps, int32_t* out) {
-    for (int first = 0; first < SUMS_PER_PANEL; first += 2) int_tile_part<ROWS, 2>(a, w, num_steps, first, out);
+template <int ROWS, class Meanwhile>
+inline void int_tile(const Int8Row* a, const int8_t* w, int64_t num_steps, int32_t* out, const Meanwhile& meanwhile) {
+    int_tile_part<ROWS, 2>(a, w, num_steps, 0, out, meanwhile);
+    for (int first = 2; first < SUMS_PER_PANEL; first += 2) int_tile_part<ROWS, 2>(a, w, num_steps, first, out, [](int) {});
 }
