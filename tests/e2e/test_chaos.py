@@ -75,7 +75,7 @@ class Run:
 @pytest.fixture
 def going() -> Iterator[Run]:
     jobs = all_kinds(SEED, NUM_JOBS)
-    transfer = QUICK if SEED % 2 else replace(QUICK, backend="gloo", connect_timeout_s=2.0)
+    transfer = QUICK if SEED % 2 else replace(QUICK, backend="tcp", connect_timeout_s=2.0)
     with world(max_attempts=20, transfer=transfer, proxied=True) as made, made.client() as client:
         undisturbed = [answer for job in jobs if isinstance(answer := run(client, job), Answer)]
         assert len(undisturbed) == NUM_JOBS

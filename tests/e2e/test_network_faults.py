@@ -12,21 +12,24 @@ from dataclasses import replace
 import pytest
 
 from cluster.steps import Step
+from kv_transfer.config import Backend
 from tests.e2e.test_step_faults import SLACK_S, Set, at, sometimes
 from tests.faults.control import QUICK, WAIT_S, world
 from tests.faults.jobs import Answer, all_kinds, check, run
 from tests.faults.network import Way
 
 pytestmark = pytest.mark.timeout(180)
-OVER_TCP = replace(QUICK, backend="gloo", connect_timeout_s=2.0)
+FAR = {"tcp": "decode-0", "gloo": "prefill-0"}
+"""The worker to which the others of its pairs come, through its proxy, with K and V."""
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
-@pytest.fixture(scope="module")
-def over_proxies() -> Iterator[Set]:
-    jobs = all_kinds(4, 12)
-    with world(transfer=OVER_TCP, proxied=True) as made, made.client() as client:
-        assert {pair.transport for pair in made.info().pairs} == {"gloo"}
+@pytest.fixture(scope="module", params=["tcp", pytest.param("gloo", marks=pytest.mark.chaos)])
+def over_proxies(request: pytest.FixtureRequest) -> Iterator[Set]:
+    backend: Backend = request.param
+    jobs, transfer = all_kinds(4, 12), replace(QUICK, backend=backend, connect_timeout_s=2.0)
+    with world(transfer=transfer, proxied=True) as made, made.client() as client:
+        assert {pair.transport for pair in made.info().pairs} == {backend}
         undisturbed = [answer for job in jobs if isinstance(answer := run(client, job), Answer)]
         assert len(undisturbed) == len(jobs)
         yield Set(made, jobs, undisturbed)
@@ -46,6 +49,10 @@ def four(over_proxies: Set) -> Iterator[Set]:
     assert over_proxies.incarnations() == before
 
 
+def far(four: Set) -> str:
+    return FAR[four.world.cluster.config.transfer.backend]
+
+
 @pytest.mark.parametrize("way", ["kv", "session"])
 def test_delays_change_nothing(four: Set, way: Way) -> None:
     """Uneven ones: what comes by one connection overtakes what came before it by another."""
@@ -60,11 +67,14 @@ def test_kv_goes_another_way_when_a_worker_is_cut_off_from_its_pairs_at(four: Se
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(four.start)
         four.world.steps.reached("prefill-0")
-        four.world.steps.weather("prefill-0", "kv", "cut")
+        four.world.steps.weather(far(four), "kv", "cut")
         four.world.steps.go("prefill-0")
         check(four.jobs, asked.result(), four.undisturbed)
     check(four.jobs, four.start(), four.undisturbed)
-    four.world.wait_until(lambda info: not any(p.up for p in info.pairs if p.prefill_worker == "prefill-0"))
+    name = far(four)
+    four.world.wait_until(
+        lambda info: not any(pair.up for pair in info.pairs if name in (pair.prefill_worker, pair.decode_worker))
+    )
 
 
 def test_a_silent_network_between_workers_is_given_up_in_time_and_used_when_it_speaks_again(four: Set) -> None:
@@ -72,10 +82,10 @@ def test_a_silent_network_between_workers_is_given_up_in_time_and_used_when_it_s
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(four.start)
         four.world.steps.reached("prefill-0")
-        four.world.steps.weather("prefill-0", "kv", "held")
+        four.world.steps.weather(far(four), "kv", "held")
         four.world.steps.go("prefill-0")
         check(four.jobs, asked.result(WAIT_S), four.undisturbed)
-        four.world.steps.weather("prefill-0", "kv")
+        four.world.steps.weather(far(four), "kv")
     four.world.wait_until_whole()
     check(four.jobs, four.start(), four.undisturbed)
 

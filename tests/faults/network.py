@@ -34,7 +34,7 @@ class Network:
 
 
 class ProxiedRendezvous(GroupRendezvous):
-    """Peers come to the door, and to gloo's own sockets, through a proxy. gloo alone: shared memory has no network."""
+    """Peers come to the door, which is all that tcp needs, and to gloo's own sockets, through a proxy."""
 
     def __init__(self, host: str, device: torch.device, config: TransferConfig, proxy: Proxy) -> None:
         super().__init__(host, device, config)
