@@ -112,7 +112,7 @@ REASONS = {
     "prefix_cached": "cached prefix and queue together cost least",
     "no_prefix_cached": "nobody has any of the prompt, so where it would be done first",
     "no_holder_has_room": "those that have some of the prompt have no room, so where it would be done first",
-    "short_prompt": "reading it where it decodes costs less than sending it there",
+    "cheaper_here": "reading it where it decodes costs less than sending it there",
     "cached_here": "the worker that decodes has most of the prompt already",
     "no_pair_has_room": "no pair of workers had room for it",
     "asked_for": "as the request asked",

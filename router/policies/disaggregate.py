@@ -32,7 +32,7 @@ def reconsider(search: Search, choice: Choice | None) -> Choice | None:
     if search.prefill_s(decode) + disturbance_s(search, decode) >= apart_s:
         return choice
     mostly_cached = 2 * search.num_cached(decode) > search.need.num_tokens
-    return Choice(decode, decode, "cached_here" if mostly_cached else "short_prompt")
+    return Choice(decode, decode, "cached_here" if mostly_cached else "cheaper_here")
 
 
 def alone(search: Search, why: str) -> Choice | None:

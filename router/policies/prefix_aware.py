@@ -53,11 +53,12 @@ def best_of(search: Search, read_s: Mapping[Worker, float], write_s: Mapping[Wor
         alone_s, alone = min(sums, key=itemgetter(0), default=(NO_LIMIT, None))
     if read_s:
         prefill = min(read_s, key=read_s.__getitem__)
-        handed_s, decode = min(
-            ((cost + search.handover_s(prefill, d), d) for d, cost in write_s.items() if d is not prefill),
-            key=itemgetter(0),
-            default=(NO_LIMIT, prefill),
-        )
+        handed_s, decode = NO_LIMIT, prefill
+        link, num_tokens, num_cached = prefill.kind.link, search.need.num_tokens, search.num_cached
+        for d, cost in write_s.items():
+            total = cost + link(d.kind).at(num_tokens - num_cached(d))
+            if total < handed_s and d is not prefill:
+                handed_s, decode = total, d
         if read_s[prefill] + handed_s < alone_s:
             if search.connected(prefill, decode):
                 return Choice(prefill, decode, "prefix_cached")
@@ -88,8 +89,9 @@ def near(search: Search, lanes: Mapping[Kind, Lane], half: int, rng: random.Rand
     """
     found: dict[Worker, None] = {}
     for lane in search.lanes(lanes):
-        first = [rank for rank in lane.ranks[:NUM_FIRST] if rank[0] == lane.ranks[0][0]]
-        worker = first[int(rng.random() * len(first))][3]
+        ranks = lane.ranks
+        drawn = ranks[int(rng.random() * min(NUM_FIRST, len(ranks)))]
+        worker = (drawn if drawn[0] == ranks[0][0] else ranks[0])[3]
         if search.may(worker):
             found[worker] = None
     fleet = search.fleet

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 from core.messages import WorkerRole
@@ -46,6 +47,17 @@ class Offer:
                 return
             if worker.num_free_blocks >= num_blocks and name not in banned:
                 yield base + slope * load, worker
+
+    def first(self, search: Search, *, with_room: bool) -> float | None:
+        """The cost of the first of them; None where there is none."""
+        banned = search.banned
+        num_blocks = search.num_blocks(self.lane.kind) if with_room else -NO_LIMIT
+        for load, _, name, worker in self.lane.ranks:
+            if load > self.most:
+                return None
+            if worker.num_free_blocks >= num_blocks and name not in banned:
+                return self.base + self.slope * load
+        return None
 
 
 class Policy(Protocol):
@@ -201,33 +213,57 @@ class Search:
         self, prefills: Iterable[Offer], decodes: Iterable[Offer], both: Iterable[Candidates], why: str
     ) -> Choice | None:
         """The least sum over pairs that are up, handover included, or the least of `both`, where that is less."""
-        num_tokens = self.need.num_tokens
+        best: Choice | None = None
+        best_cost = NO_LIMIT
+        for lane in both:
+            for cost, worker in lane:
+                if cost < best_cost:
+                    best, best_cost = Choice(worker, worker, why), cost
+                break
+        writers = self._heads(decodes, with_room=True)
+        for cost, offer in self._heads(prefills, with_room=False) if writers else ():
+            if cost + writers[0][0] >= best_cost:
+                break
+            found, best_cost = self._best_of_kind(offer, writers, best_cost)
+            if found:
+                best = Choice(*found, why)
+        return best
 
-        def decodes_for(prefill: Worker) -> Iterator[Candidates]:
-            """Kind by kind, those that begin cheapest first."""
-            for _, offer in heads:
-                handover_s = prefill.kind.link(offer.lane.kind).at(num_tokens)
-                yield Offer(offer.lane, offer.base + handover_s, offer.slope, offer.most).of(self, with_room=True)
+    def _best_of_kind(
+        self, readers: Offer, writers: list[tuple[float, Offer]], best_cost: float
+    ) -> tuple[tuple[Worker, Worker] | None, float]:
+        """The best pair whose prefill worker is one of `readers`, if it costs less than `best_cost`, and its cost.
 
-        heads = self._heads(decodes, with_room=True)
-        floor = heads[0][0] if heads else NO_LIMIT
-        firsts = self._heads(prefills, with_room=False) if heads else []
-        return self.cheapest(
-            (offer.of(self, with_room=False) for _, offer in firsts),
-            decodes_for,
-            both,
-            why,
-            floor,
-        )
+        The first reader is paired with whom it is connected to, best first; whoever comes after it costs no less, so
+        most often that is all. `writers` come with the cost of their best, the least first.
+        """
+        best, epoch = None, self.epoch
+        link, num_tokens = readers.lane.kind.link, self.need.num_tokens
+        handed = [(cost + link(each.lane.kind).at(num_tokens), each) for cost, each in writers]
+        floor = min(cost for cost, _ in handed)
+        for read_s, prefill in readers.of(self, with_room=False):
+            if read_s + floor >= best_cost:
+                break
+            for (least, offer), (head, _) in zip(handed, writers, strict=True):
+                if read_s + least >= best_cost:
+                    continue
+                extra = read_s + least - head
+                for cost, decode in offer.of(self, with_room=True):
+                    if extra + cost >= best_cost:
+                        break
+                    if epoch(prefill.incarnation, decode.incarnation) is not None:
+                        best, best_cost = (prefill, decode), extra + cost
+                        break
+        return best, best_cost
 
     def _heads(self, offers: Iterable[Offer], *, with_room: bool) -> list[tuple[float, Offer]]:
         """Offers by the cost of their best worker; empty ones are left out."""
         heads = []
         for offer in offers:
-            for cost, _ in offer.of(self, with_room=with_room):
-                heads.append((cost, offer))
-                break
-        heads.sort(key=lambda head: head[0])
+            first = offer.first(self, with_room=with_room)
+            if first is not None:
+                heads.append((first, offer))
+        heads.sort(key=itemgetter(0))
         return heads
 
     def cheapest(

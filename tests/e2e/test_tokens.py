@@ -64,6 +64,19 @@ def test_the_transfer_carries_every_layer_of_every_position_once(cluster: Servin
     assert 0 <= stats.overlap_ratio <= 1
 
 
+def test_a_request_that_asks_for_one_worker_gets_one_and_the_same_tokens(cluster: Serving) -> None:
+    told = []
+    with cluster.client() as client:
+        for mode in ("local", "require"):
+            generation = client.generate(token_ids=prompts(3)[6], max_tokens=8, seed=7, disaggregate=mode)
+            assert generation.text is not None
+            assert generation.stats is not None
+            told.append((generation.token_ids, generation.stats.prefill_worker))
+    (alone, reader), (apart, other) = told
+    assert alone == apart
+    assert (reader, other) == ("decode-0", "prefill-0")
+
+
 def test_a_chat_goes_through_the_template(cluster: Serving) -> None:
     with cluster.client() as client:
         chat = client.generate(messages=[{"role": "user", "content": "hi"}], max_tokens=4, temperature=0)

@@ -84,7 +84,7 @@ def prefill_and_decode() -> tuple[FakeWorker, FakeWorker]:
     return FakeWorker("p", "prefill"), decode
 
 
-async def test_a_decode_worker_reads_a_short_prompt_itself_unless_two_workers_are_required() -> None:
+async def test_a_decode_worker_reads_a_cheaper_here_itself_unless_two_workers_are_required() -> None:
     cases: list[tuple[Disaggregation, str]] = [("prefer", "d"), ("require", "p"), ("local", "d")]
     async with harness(*prefill_and_decode()) as world:
         await world.until_routes(2)  # the pair, and the decode worker by itself
@@ -92,7 +92,7 @@ async def test_a_decode_worker_reads_a_short_prompt_itself_unless_two_workers_ar
             stream = world.submit([1, 2, 3], 4, request_id=mode, disaggregate=mode)
             assert (await read(stream))[0] == continuation([1, 2, 3], 4)
             assert (stream.stats.prefill_worker, stream.stats.decode_worker) == (worker, "d")
-        assert placement_of(world, "prefer").reasons == ("local", "short_prompt")
+        assert placement_of(world, "prefer").reasons == ("local", "cheaper_here")
         await world.idle()
 
 
