@@ -15,7 +15,7 @@ from core.request import FinishReason
 from core.stats import RequestStats
 from router.access.access import CALLER, Caller
 from router.stream import RequestDispatcher, RequestStream, TokenDelta
-from router.validation import GenerateInput, Prompt, Validator, ValidRequest
+from router.validation import GenerateInput, Prompt, Resume, Validator, ValidRequest
 from text.chat_template import Chat
 from text.grammar import Structure
 from text.stop_strings import StopMatcher, StopOutput
@@ -82,7 +82,10 @@ class Generation:
         self._has_stops = bool(valid.stop)
         self._num_output_tokens = 0
         self._finish_reason: FinishReason | None = None
+        self._told: TextDelta | None = None
         self._closed = False
+        if valid.resume and valid.resume.token_ids:
+            self._catch_up(valid.resume, request.finish_reason)
 
     def __aiter__(self) -> Generation:
         return self
@@ -90,6 +93,9 @@ class Generation:
     async def __anext__(self) -> TextDelta | Done:
         if self._closed:
             raise StopAsyncIteration
+        if self._told:
+            told, self._told = self._told, None
+            return told
         if self._finish_reason:
             self._closed = True
             counts = self.started.num_prompt_tokens, self._num_output_tokens
@@ -102,11 +108,20 @@ class Generation:
         if not self._finish_reason:
             self._stream.cancel()
 
+    def _catch_up(self, resume: Resume, finish_reason: FinishReason | None) -> None:
+        """As if the tokens had come here. Text that they had let out and that did not reach the client comes first."""
+        come = self._text_of(TokenDelta(resume.token_ids, finish_reason)).text
+        if missing := come[resume.num_characters :]:
+            self._told = TextDelta((), missing)
+
     def _read(self, delta: TokenDelta) -> TextDelta:
-        """Text of a delta. Of the tokens after a stop string nothing is told: they were drawn in vain."""
-        text = ""
         if self.caller:
             self.caller.spend(len(delta.token_ids))
+        return self._text_of(delta)
+
+    def _text_of(self, delta: TokenDelta) -> TextDelta:
+        """Text of a delta. Of the tokens after a stop string nothing is told: they were drawn in vain."""
+        text = ""
         for num_read, token_id in enumerate(delta.token_ids, start=1):
             self._num_output_tokens += 1
             shown, stopped = self._read_token(token_id)
@@ -188,8 +203,15 @@ class Generator:
             ]
 
     def start(self, valid: ValidRequest) -> Generation:
-        """Queues it. `OverloadedError` where there is no room, or the caller's quota is used up."""
+        """Queues it. `OverloadedError` where there is no room, or the caller's quota is used up.
+
+        One that is tried again takes over from the call before it, which may not have noticed yet that nobody listens.
+        """
         caller = CALLER.get()
+        if valid.resume is not None:
+            self.cancel(valid.request.request_id)
+            if valid.request.finish_reason is not None:
+                return Generation(valid, self._model, self._tokenizer, _nothing_more(valid), caller)
         if caller is None:
             with self._noting_refusals():
                 stream = self._dispatcher.submit(valid.request, timeout_s=valid.timeout_s)
@@ -250,6 +272,14 @@ class Generator:
             if generation is None or generation.caller is None or generation.caller.tenant != caller.tenant:
                 return False
         return self._dispatcher.cancel(request_id)
+
+
+def _nothing_more(valid: ValidRequest) -> RequestStream:
+    """Of a request all of whose tokens have come elsewhere: there is nothing to compute, nor to cancel."""
+
+    def ignore() -> None: ...
+
+    return RequestStream(valid.request.request_id, max_buffered_tokens=1, on_cancel=ignore, on_stop=ignore)
 
 
 def _num_characters(prompt: Prompt) -> int:

@@ -14,7 +14,7 @@ from penstock.v1 import details_pb2
 from penstock.v1 import inference_pb2 as pb
 from router.errors import packed_status
 from router.generation import Done, Started, TextDelta
-from router.validation import GenerateInput, Prompt, SamplingFields
+from router.validation import GenerateInput, Prompt, Resume, SamplingFields
 from text.chat_template import Chat, ChatMessage
 from text.grammar import JSON_OBJECT, Structure
 
@@ -45,6 +45,9 @@ def generate_input(request: pb.GenerateRequest, time_remaining_s: float | None, 
         disaggregate=request.disaggregate,
         priority=request.priority,
         user=request.user,
+        resume=Resume(tuple(request.resume.token_ids), request.resume.num_characters)
+        if request.HasField("resume")
+        else None,
         traceparent=traceparent,
     )
 

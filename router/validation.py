@@ -14,7 +14,7 @@ from typing import TypeVar
 from core.errors import InvalidRequestError, UnknownModelError
 from core.kv_layout import WireDtype, wire_dtype
 from core.model_info import ModelInfo
-from core.request import Disaggregation, Request, disaggregation
+from core.request import Disaggregation, FinishReason, Request, disaggregation
 from core.sampling import SamplingParams
 from core.trace_context import child_of
 from text.chat_template import Chat
@@ -68,6 +68,14 @@ Prompt = str | tuple[int, ...] | Chat
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """What a client that tries again has of the answer: its tokens, and so many characters of text."""
+
+    token_ids: tuple[int, ...] = ()
+    num_characters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateInput:
     """One request as it came. An empty `model` means the served one; an empty `request_id` is drawn; an empty
     `kv_wire_dtype` or `disaggregate` is the router's.
@@ -91,6 +99,7 @@ class GenerateInput:
     traceparent: str = ""
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    resume: Resume | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +111,7 @@ class ValidRequest:
     timeout_s: float | None
     skip_special_tokens: bool = True
     include_stop: bool = False
+    resume: Resume | None = None
 
 
 class Validator:
@@ -219,7 +229,27 @@ class Validator:
             user=wanted.user,
             traceparent=child_of(wanted.traceparent, self._draw_bits) if wanted.traceparent else "",
         )
-        return ValidRequest(request, fields.stop, wanted.timeout_s, *shown)
+        if wanted.resume is not None:
+            self._resume(request, wanted.resume, fields, limit)
+        return ValidRequest(request, fields.stop, wanted.timeout_s, *shown, wanted.resume)
+
+    def _resume(self, request: Request, resume: Resume, fields: SamplingFields, limit: int) -> None:
+        """The request as it stood when these tokens had come."""
+        self.check_token_ids("resume.token_ids", resume.token_ids)
+        num_tokens, sampling = len(resume.token_ids), request.sampling
+        if not num_tokens:
+            return
+        if fields.seed is None and sampling.temperature > 0:
+            raise InvalidRequestError("sampling.seed", None, "must be that of Started, where resume has tokens")
+        room = min(sampling.max_tokens, limit - request.num_prompt_tokens)
+        if num_tokens > room:
+            raise InvalidRequestError("resume.token_ids", f"{num_tokens} tokens", f"must be at most {room}")
+        request.output_token_ids.extend(resume.token_ids)
+        request.sampling = replace(sampling, prompt_logprobs=None)  # they came with the first token
+        if num_tokens == room:
+            request.finish_reason = FinishReason.LENGTH
+        if resume.token_ids[-1] in sampling.stop_token_ids and num_tokens > sampling.min_tokens:
+            request.finish_reason = FinishReason.STOP
 
     def _sampling(self, fields: SamplingFields, *, max_tokens: int) -> SamplingParams:
         """The client's word, else generation_config.json's, else `max_tokens`, a drawn seed, and plain sampling."""

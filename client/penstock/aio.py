@@ -130,7 +130,7 @@ class AsyncClient(ClientBase[AsyncGeneration, AsyncBatch]):
     """
 
     def _connect(self) -> None:
-        self._channel: grpc.aio.Channel | None = None  # belongs to a loop: made when one runs
+        self._channels: list[grpc.aio.Channel] = []  # belong to a loop: made when one runs
         self._generations: WeakSet[AsyncGeneration | AsyncBatch] = WeakSet()
 
     @property
@@ -139,17 +139,20 @@ class AsyncClient(ClientBase[AsyncGeneration, AsyncBatch]):
 
     @property
     def _stubs(self) -> tuple[InferenceAsyncStub, TracesAsyncStub, AdminAsyncStub]:
-        if self._channel is None:
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.target, self._options)
-            else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
-            self._made = InferenceStub(self._channel), TracesStub(self._channel), AdminStub(self._channel)
-        return self._made
+        if not self._channels:
+            self._channels = [self._channel_to(target) for target in self.targets]
+            self._made = [(InferenceStub(each), TracesStub(each), AdminStub(each)) for each in self._channels]
+        return self._made[self._at]
+
+    def _channel_to(self, target: str) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(target, self._options)
+        return grpc.aio.secure_channel(target, self._credentials, self._options)
 
     def _generation(self, request: pb.GenerateRequest, progress: Progress, metadata: Metadata) -> AsyncGeneration:
         def start() -> Call:
-            return self._stub.Generate(request, **self._call_options(progress.remaining_s(), metadata))
+            self._retarget(progress)
+            return self._stub.Generate(progress.again(request), **self._call_options(progress.remaining_s(), metadata))
 
         generation = AsyncGeneration(progress, start, self._sleep or asyncio.sleep)
         self._generations.add(generation)
@@ -157,6 +160,7 @@ class AsyncClient(ClientBase[AsyncGeneration, AsyncBatch]):
 
     def _batch(self, request: pb.GenerateBatchRequest, progress: BatchProgress, metadata: Metadata) -> AsyncBatch:
         def start() -> BatchCall:
+            self._retarget(progress)
             return self._stub.GenerateBatch(request, **self._call_options(progress.remaining_s(), metadata))
 
         batch = AsyncBatch(progress, start, self._sleep or asyncio.sleep)
@@ -251,15 +255,15 @@ class AsyncClient(ClientBase[AsyncGeneration, AsyncBatch]):
                 raise
             raise RequestCancelledError("this client was closed") from None
         except grpc.RpcError as failure:
-            raise self._error(failure, request_id) from failure
+            raise self._error(failure, request_id, leave=True) from failure
 
     async def close(self) -> None:
         """Cancel what is running and let go of the connection. Idempotent."""
         self._closed = True
         for generation in list(self._generations):  # older gRPC leaves calls alone that nobody reads just now
             await generation.aclose()
-        if self._channel is not None:
-            await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -14,7 +14,7 @@ import grpc
 
 from penstock.access import authorization, tls_credentials
 from penstock.batch import BatchProgress
-from penstock.errors import InvalidRequestError, PenstockError
+from penstock.errors import InvalidRequestError, PenstockError, UnavailableError
 from penstock.progress import Progress
 from penstock.retry import RetryPolicy
 from penstock.rpc import batch_request, generate_request
@@ -89,10 +89,12 @@ class ClientBase(ABC, Generic[G_co, B_co]):
     """A connection to one server, made when it is first needed and kept.
 
     Args:
-        target: `host:port`, or any other gRPC target (`unix:/path`, `dns:///name:port`).
+        target: `host:port`, or any other gRPC target (`unix:/path`, `dns:///name:port`). Or several, of routers that
+            share their workers: where one can't be reached, or goes away, the next one goes on.
         timeout_s: limit for a whole generation, queueing and retries included; `math.inf` is none.
-        max_retries: how often a generation is tried again that was refused (`OverloadedError`) or found no server
-            (`UnavailableError`) before any of it had come. Nothing else is ever tried again.
+        max_retries: how often a generation is tried again that was refused (`OverloadedError`), or whose server could
+            not be reached or was lost (`UnavailableError`). The server goes on behind the tokens that have come, so
+            none is missing or comes twice. Nothing else is ever tried again.
         wait_for_ready: wait for a server that is not up yet, within the timeout, instead of failing at once.
         api_key: sent with every call; by default the environment's PENSTOCK_API_KEY, where that is set.
         ssl_ca_certs: path of the certificates that the server's own must be signed by, PEM. Turns TLS on, which by
@@ -108,7 +110,7 @@ class ClientBase(ABC, Generic[G_co, B_co]):
 
     def __init__(
         self,
-        target: str = DEFAULT_TARGET,
+        target: str | Sequence[str] = DEFAULT_TARGET,
         *,
         timeout_s: float = 600.0,
         max_retries: int = 2,
@@ -125,7 +127,10 @@ class ClientBase(ABC, Generic[G_co, B_co]):
         random: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.target = _checked_target(target)
+        self.targets = tuple(map(_checked_target, [target] if isinstance(target, str) else target))
+        if not self.targets:
+            raise ValueError("target: must name at least one server")
+        self._at = 0
         self.timeout_s = _checked_timeout_s(timeout_s)
         self._retry = RetryPolicy(max_retries, random=random)
         self._wait_for_ready = wait_for_ready
@@ -136,6 +141,22 @@ class ClientBase(ABC, Generic[G_co, B_co]):
         self._clock = clock
         self._closed = False
         self._connect()
+
+    @property
+    def target(self) -> str:
+        """The server that calls go to now."""
+        return self.targets[self._at]
+
+    def _leave(self, target: str) -> None:
+        """It could not be reached: calls go to the next one, unless others have noticed before."""
+        if target == self.target:
+            self._at = (self._at + 1) % len(self.targets)
+
+    def _retarget(self, progress: Progress | BatchProgress) -> None:
+        """Before an attempt: away from a server that was lost at the last one."""
+        if progress.lost:
+            self._leave(progress.target)
+        progress.target = self.target
 
     @abstractmethod
     def _connect(self) -> None:
@@ -244,8 +265,12 @@ class ClientBase(ABC, Generic[G_co, B_co]):
     def _control_options(self) -> dict[str, Any]:
         return self._call_options(min(self.timeout_s, CONTROL_TIMEOUT_S))
 
-    def _error(self, failure: grpc.RpcError, request_id: str | None = None) -> PenstockError:
-        return error_from(failure, target=self.target, request_id=request_id)
+    def _error(self, failure: grpc.RpcError, request_id: str | None = None, *, leave: bool = False) -> PenstockError:
+        """`leave`: a server that can't be reached is not asked again, where there is another."""
+        error = error_from(failure, target=self.target, request_id=request_id)
+        if leave and isinstance(error, UnavailableError):
+            self._leave(self.target)
+        return error
 
 
 def _input_of(prompt: object) -> dict[str, Any]:

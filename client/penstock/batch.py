@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 import grpc
 
-from penstock.errors import InternalError, PenstockError, RequestCancelledError
+from penstock.errors import InternalError, PenstockError, RequestCancelledError, UnavailableError
 from penstock.retry import RetryPolicy
 from penstock.rpc import Finished, Started, event_of
 from penstock.status import error_from, error_of_status
@@ -35,9 +35,10 @@ class BatchProgress:
         self._deltas: list[list[Delta]] = [[] for _ in range(num_prompts)]
         self._started: dict[int, Started] = {}
         self._ends: dict[int, Finished | PenstockError] = {}
-        self._target, self._retry, self._clock = target, retry, clock
+        self.target, self._retry, self._clock = target, retry, clock
         self._deadline_s = clock() + timeout_s
         self._num_retries = 0
+        self.lost = False
         self._over = False
         self._error: PenstockError | None = None
 
@@ -55,9 +56,9 @@ class BatchProgress:
         """Take in the next response; returns it where it is a delta."""
         index = response.index
         if index >= len(self._deltas):
-            raise InternalError(f"{self._target} answered prompt {index} of {len(self._deltas)}")
+            raise InternalError(f"{self.target} answered prompt {index} of {len(self._deltas)}")
         if response.HasField("error"):
-            self._ends[index] = error_of_status(response.error, target=self._target)
+            self._ends[index] = error_of_status(response.error, target=self.target)
             return None
         match event_of(response.response):
             case Delta() as delta:
@@ -74,18 +75,19 @@ class BatchProgress:
         self._over = True
         if len(self._ends) < len(self._deltas):
             missing = len(self._deltas) - len(self._ends)
-            self._error = InternalError(f"{self._target} ended the stream before the end of {missing} generations")
+            self._error = InternalError(f"{self.target} ended the stream before the end of {missing} generations")
             raise self._error
 
     def fail(self, failure: grpc.RpcError) -> float:
         """Seconds to wait before another attempt. Raises the failure as our error where that is out of the question."""
         self.open()
-        error = error_from(failure, target=self._target)
+        error = error_from(failure, target=self.target)
         delay_s = None if self._started else self._retry.delay_s(error, self._num_retries)
         if delay_s is None or self._clock() + delay_s >= self._deadline_s:
             self._error = error
             raise error from failure
         self._num_retries += 1
+        self.lost = isinstance(error, UnavailableError)
         return delay_s
 
     def close(self) -> None:

@@ -112,21 +112,36 @@ class Client(ClientBase[Generation, Batch]):
     """
 
     def _connect(self) -> None:
+        self._channels = [self._channel_to(target) for target in self.targets]
+        self._stubs = [(InferenceStub(each), TracesStub(each), AdminStub(each)) for each in self._channels]
+
+    def _channel_to(self, target: str) -> grpc.Channel:
         if self._credentials is None:
-            self._channel = grpc.insecure_channel(self.target, self._options)
-        else:
-            self._channel = grpc.secure_channel(self.target, self._credentials, self._options)
-        self._stub, self._traces = InferenceStub(self._channel), TracesStub(self._channel)
-        self._admin = AdminStub(self._channel)
+            return grpc.insecure_channel(target, self._options)
+        return grpc.secure_channel(target, self._credentials, self._options)
+
+    @property
+    def _stub(self) -> InferenceStub:
+        return self._stubs[self._at][0]
+
+    @property
+    def _traces(self) -> TracesStub:
+        return self._stubs[self._at][1]
+
+    @property
+    def _admin(self) -> AdminStub:
+        return self._stubs[self._at][2]
 
     def _generation(self, request: pb.GenerateRequest, progress: Progress, metadata: Metadata) -> Generation:
         def start() -> Call:
-            return self._stub.Generate(request, **self._call_options(progress.remaining_s(), metadata))
+            self._retarget(progress)
+            return self._stub.Generate(progress.again(request), **self._call_options(progress.remaining_s(), metadata))
 
         return Generation(progress, start, self._sleep or time.sleep)
 
     def _batch(self, request: pb.GenerateBatchRequest, progress: BatchProgress, metadata: Metadata) -> Batch:
         def start() -> BatchCall:
+            self._retarget(progress)
             return self._stub.GenerateBatch(request, **self._call_options(progress.remaining_s(), metadata))
 
         return Batch(progress, start, self._sleep or time.sleep)
@@ -213,12 +228,13 @@ class Client(ClientBase[Generation, Batch]):
         try:
             return method(request, **self._control_options())
         except grpc.RpcError as failure:
-            raise self._error(failure, request_id) from failure
+            raise self._error(failure, request_id, leave=True) from failure
 
     def close(self) -> None:
         """Cancel what is running and let go of the connection. Idempotent."""
         self._closed = True
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self

@@ -10,13 +10,17 @@ import grpc
 
 from penstock.errors import InternalError, PenstockError, RequestCancelledError, UnavailableError
 from penstock.retry import RetryPolicy
-from penstock.rpc import Event, Finished, Started
+from penstock.rpc import Event, Finished, Started, resumed
 from penstock.status import error_from
 from penstock.types import Delta, TokenLogprobs
+from penstock.v1.inference_pb2 import GenerateRequest
 
 
 class Progress:
     """Folds the events of all attempts at one request. `timeout_s` (inf is no limit) holds for them together.
+
+    An attempt goes on where the last one ended, on whatever server: `target` is the current one. `lost`: the last one
+    failed for its server could not be reached, or went away.
 
     ```
     open ──▶ over (Finished has come, and the stream's end)
@@ -34,11 +38,14 @@ class Progress:
         self.started: Started | None = None
         self.finished: Finished | None = None
         self._request_id = request_id
-        self._target = target
+        self._seed: int | None = None
+        self.target = target
         self._deadline_s = clock() + timeout_s
         self._retry = retry
         self._clock = clock
         self._num_retries = 0
+        self.lost = False
+        self._resumes = False
         self._over = False
         self._error: PenstockError | None = None
 
@@ -80,7 +87,7 @@ class Progress:
     def end(self) -> None:
         """The stream has ended without an error. Raises `InternalError` where its last event is missing."""
         if self.finished is None:
-            error = InternalError(f"{self._target} ended the stream early ({len(self.token_ids)} tokens had come)")
+            error = InternalError(f"{self.target} ended the stream early ({len(self.token_ids)} tokens had come)")
             error.request_id, error.num_tokens = self.request_id, len(self.token_ids)
             self._fail(error)
         self._over = True
@@ -95,13 +102,24 @@ class Progress:
             return None
         self.open()
         num_tokens = len(self.token_ids) if self.started or self.token_ids else None
-        error = error_from(failure, target=self._target, request_id=self.request_id, num_tokens=num_tokens)
+        error = error_from(failure, target=self.target, request_id=self.request_id, num_tokens=num_tokens)
         delay_s = self._delay_s(error)
         if delay_s is None:
             self._fail(error, failure)
         self._num_retries += 1
+        self.lost = isinstance(error, UnavailableError)
+        self._request_id = self.request_id or ""
+        if self.started:
+            self._seed = self.started.seed
+        self._resumes = self._resumes or self.lost or self.started is not None
         self.started = None
         return delay_s
+
+    def again(self, request: GenerateRequest) -> GenerateRequest:
+        """`request` as it is to be sent now: on a retry with what has come, so that the server goes on from there."""
+        if not self._resumes:
+            return request
+        return resumed(request, self._request_id, self._seed, self.token_ids, sum(len(text) for text in self.texts))
 
     def close(self) -> None:
         """Give up what has not come yet: from now on `open` raises `RequestCancelledError`. Nothing if it has ended."""
@@ -116,8 +134,8 @@ class Progress:
         raise error from cause
 
     def _delay_s(self, error: PenstockError) -> float | None:
-        """None once a token has come, or where a lost server had begun to work, or where no time would be left."""
-        if self.token_ids or (self.started and isinstance(error, UnavailableError)):
+        """None where a server refuses to go on after a token has come, or where no time would be left."""
+        if self.token_ids and not isinstance(error, UnavailableError):
             return None
         delay_s = self._retry.delay_s(error, self._num_retries)
         return delay_s if delay_s is not None and self._clock() + delay_s < self._deadline_s else None

@@ -91,6 +91,21 @@ def generate_request(
     return request
 
 
+def resumed(
+    request: pb.GenerateRequest, request_id: str, seed: int | None, token_ids: Iterable[int], num_characters: int
+) -> pb.GenerateRequest:
+    """A copy that asks a server to go on behind these tokens."""
+    again = pb.GenerateRequest()
+    again.CopyFrom(request)
+    again.request_id = request_id
+    if seed is not None:
+        again.sampling.seed = seed
+    again.resume.SetInParent()
+    again.resume.token_ids.extend(token_ids)
+    again.resume.num_characters = num_characters
+    return again
+
+
 def _set_messages(wire: pb.Messages, messages: object) -> None:
     wire.SetInParent()
     for message in messages if isinstance(messages, Iterable) else [messages]:

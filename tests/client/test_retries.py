@@ -1,4 +1,4 @@
-"""Retries: only before anything has come, only where the server did not begin, never longer than the caller waits."""
+"""Retries: from where the last attempt ended, on whatever server, never longer than the caller waits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from penstock import InternalError, OverloadedError, PenstockError, UnavailableE
 from penstock.retry import RetryPolicy
 from penstock.status import ErrorDetails, pack_details
 from tests.client.conftest import Connect, Sdk
-from tests.client.fake_server import FakeServer, Script, delta, refuses, says, started
+from tests.client.fake_server import FakeServer, Script, delta, finished, refuses, says, started, streams
 
 
 def full(retry_after_s: float | None = None) -> Script:
@@ -86,20 +86,63 @@ def test_other_errors_are_final(patience: Patience, server: FakeServer, code: st
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED"])
-def test_nothing_is_tried_again_once_a_token_has_come(patience: Patience, server: FakeServer, code: str) -> None:
-    server.play(refuses(grpc.StatusCode[code], "no", after=(started(), delta("a", 1))))
+def test_a_refusal_is_final_once_a_token_has_come(patience: Patience, server: FakeServer) -> None:
+    server.play(refuses(grpc.StatusCode.RESOURCE_EXHAUSTED, "no", after=(started(), delta("a", 1))))
     sdk = patience.connect()
     with pytest.raises(PenstockError, match="1 tokens had come"):
         sdk.text(sdk.generate())
     assert len(server.requests) == 1
 
 
-def test_a_server_lost_after_it_began_is_not_tried_again(patience: Patience, server: FakeServer) -> None:
-    server.play(down(after=(started(),)))
+def test_a_lost_server_is_asked_to_go_on_behind_what_has_come(patience: Patience, server: FakeServer) -> None:
+    first, second = down(after=(started("r", 99), delta("a\u00e9", 1), delta("", 2))), down(after=(started("r", 99),))
+    server.play(first, second, streams(started("r", 99), delta("b", 3), finished(3)))
     sdk = patience.connect()
-    with pytest.raises(UnavailableError, match="0 tokens had come"):
-        sdk.text(sdk.generate())
+    generation = sdk.generate("hi", temperature=1.0)
+    assert sdk.text(generation) == "a\u00e9b"
+    assert generation.token_ids == (1, 2, 3)
+    assert generation.usage is not None
+    assert generation.usage.num_output_tokens == 3
+    sent, *again = server.requests
+    assert not sent.HasField("resume")
+    for request in again:
+        assert (request.request_id, request.sampling.seed) == ("r", 99)
+        assert (list(request.resume.token_ids), request.resume.num_characters) == ([1, 2], 2)
+        assert (request.prompt, request.sampling.temperature) == ("hi", 1.0)
+
+
+def test_a_server_that_was_lost_before_it_answered_may_take_the_request_over(
+    patience: Patience, server: FakeServer
+) -> None:
+    server.play(down(), says("a"))
+    sdk = patience.connect()
+    sdk.text(sdk.generate(request_id="mine"))
+    assert [request.request_id for request in server.requests] == ["mine", "mine"]
+    assert [request.HasField("resume") for request in server.requests] == [False, True]
+
+
+def test_the_next_of_several_servers_goes_on_and_is_asked_first_from_then_on(
+    patience: Patience, server: FakeServer
+) -> None:
+    first = FakeServer()
+    first.play(down(after=(started("r", 99), delta("a", 1))))
+    server.play(streams(started("r", 99), delta("b", 2), finished(2)), says("c"))
+    sdk = patience.connect(target=[first.target, server.target])
+    try:
+        assert sdk.text(sdk.generate()) == "ab"
+        assert sdk.text(sdk.generate()) == "c"
+    finally:
+        first.stop()
+    assert (len(first.requests), len(server.requests)) == (1, 2)
+
+
+def test_a_server_that_can_not_be_reached_is_not_asked_again_where_there_is_another(
+    patience: Patience, server: FakeServer
+) -> None:
+    sdk = patience.connect(target=["127.0.0.1:1", server.target])
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1 is unavailable"):
+        sdk.call("server_info")
+    sdk.call("server_info")
 
 
 def test_no_retry_that_would_begin_after_the_deadline(patience: Patience, server: FakeServer) -> None:

@@ -76,6 +76,7 @@ class GenerateRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     USER_FIELD_NUMBER: builtins.int
     DISAGGREGATE_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the client to be able to Cancel; drawn by the server when empty."""
     model: builtins.str
@@ -103,6 +104,12 @@ class GenerateRequest(google.protobuf.message.Message):
     def messages(self) -> Global___Messages: ...
     @property
     def sampling(self) -> Global___SamplingParams: ...
+    @property
+    def resume(self) -> Global___Resume:
+        """Set by a client that tries again: this server goes on behind what the client has, and takes the request over where
+        it still runs here.
+        """
+
     def __init__(
         self,
         *,
@@ -118,15 +125,38 @@ class GenerateRequest(google.protobuf.message.Message):
         priority: builtins.int = ...,
         user: builtins.str = ...,
         disaggregate: builtins.str = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "input", b"input", "messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "disaggregate", b"disaggregate", "input", b"input", "kv_wire_dtype", b"kv_wire_dtype", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "user", b"user"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "input", b"input", "messages", b"messages", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "disaggregate", b"disaggregate", "input", b"input", "kv_wire_dtype", b"kv_wire_dtype", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "user", b"user"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["input", b"input"]) -> typing.Literal["prompt", "token_ids", "messages"] | None: ...
 
 Global___GenerateRequest: typing_extensions.TypeAlias = GenerateRequest
+
+@typing.final
+class Resume(google.protobuf.message.Message):
+    """What has come of an answer, on whatever server. With tokens, `sampling.seed` must be that of Started."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    NUM_CHARACTERS_FIELD_NUMBER: builtins.int
+    num_characters: builtins.int
+    """of the text; Unicode code points"""
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        num_characters: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_characters", b"num_characters", "token_ids", b"token_ids"]) -> None: ...
+
+Global___Resume: typing_extensions.TypeAlias = Resume
 
 @typing.final
 class TokenIds(google.protobuf.message.Message):
