@@ -277,7 +277,8 @@ class Worker:
         self._owners[key] = session
         if command.work.timeout_s is not None:
             self._deadlines[key] = self._clock() + command.work.timeout_s
-        self._end_older(ticket)
+        if isinstance(command, Reserve) or not command.handover:
+            self._end_older(ticket)
         log.debug("request %s, attempt %d", ticket.request_id, ticket.attempt, extra=log_fields(ticket.traceparent))
         try:
             if refusal := self._refusal(command, token_ids):
@@ -295,6 +296,8 @@ class Worker:
             reason = error.reason if isinstance(error, TransferError) else "invalid"
             log.info("request %s is refused: %s", ticket.request_id, error, extra=log_fields(ticket.traceparent))
             session.emit(AttemptFailed(key, reason, str(error)))
+        finally:  # one that hands over has taken what it needs of the earlier one
+            self._end_older(ticket)
 
     def _end_older(self, ticket: Ticket) -> None:
         """The router has given up earlier attempts at the same transfer: none may hold blocks beside this one."""

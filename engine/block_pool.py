@@ -108,6 +108,18 @@ class BlockPool:
         if self.index is not None:
             self.index.insert(request, self._tables[request.request_id], 0, request.num_computed_tokens)
 
+    def hand_on(self, request_id: str, successor: str, num_tokens: int) -> bool:
+        """The successor, which holds none, gets the request's blocks for `num_tokens` positions; others become free.
+
+        False, and no change, where there are too few.
+        """
+        if not self.allocate(request_id, num_tokens):
+            return False
+        table, num_blocks = self._tables[request_id], self.num_blocks_for(num_tokens)
+        self._tables[successor], self._tables[request_id] = table[:num_blocks], table[num_blocks:]
+        self.free(request_id)
+        return True
+
     def free(self, request_id: str) -> int:
         """Take back all blocks of the request; returns how many. It may not write into them any more."""
         return self._give_up(request_id, self._empty)

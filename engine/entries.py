@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from core.request import Request
+from engine.block_pool import BlockPool
 from engine.plan import PlanEntry
+from engine.speculation.speculator import Speculator
 
 
 def prefill_entry(request: Request, num_tokens: int, table: tuple[int, ...]) -> PlanEntry:
@@ -23,6 +25,19 @@ def prefill_entry(request: Request, num_tokens: int, table: tuple[int, ...]) -> 
         prompt_targets=request.prompt_targets(start, end),
         num_prompt_top=sampling.prompt_logprobs or 0,
     )
+
+
+def guess(
+    speculator: Speculator | None, pool: BlockPool, wanted: Sequence[tuple[Request, int]], budget: int
+) -> list[list[int]]:
+    """Guesses for requests that decode, for each up to its limit; `budget` in all, and no more than blocks can hold."""
+    if speculator is None or not budget:
+        return [[]] * len(wanted)
+    drafts = speculator.drafts(wanted, budget)
+    for (request, _), guesses in zip(wanted, drafts, strict=True):
+        if guesses and not pool.allocate(request.request_id, request.num_tokens + len(guesses)):
+            del guesses[len(pool.table(request.request_id)) * pool.block_size - request.num_tokens :]
+    return drafts
 
 
 def decode_entry(request: Request, drafts: Sequence[int], table: tuple[int, ...]) -> PlanEntry:

@@ -10,11 +10,11 @@ from types import MappingProxyType
 from core.errors import ConfigError, IntegrityError, InvalidRequestError
 from core.request import Request, RequestState
 from engine.block_pool import BlockPool
-from engine.entries import decode_entry, prefill_entry
+from engine.entries import decode_entry, guess, prefill_entry
 from engine.growth import GrowthForecast, num_allowed
 from engine.parking import Parking, ParkingCounts
 from engine.plan import Drawn, Plan, PlanEntry, StepOutput, StepResult
-from engine.soundness import check_blocks
+from engine.soundness import check_blocks, goes_on_with
 from engine.speculation.speculator import DraftCounts, Speculator
 
 _NOTHING = Plan(entries=())
@@ -119,7 +119,6 @@ class Scheduler:
 
     @property
     def num_preemptions(self) -> int:
-        """Times that a request gave way: it was parked, or else had computed nothing, or lost it."""
         return self._num_preemptions
 
     @property
@@ -141,6 +140,20 @@ class Scheduler:
     def num_found(self, request: Request) -> int:
         """Tokens of a new request that are in the cache now."""
         return len(self._pool.find(request)) * self._pool.block_size
+
+    def succeed(self, request_id: str, request: Request) -> bool:
+        """`request`, prefill_only, takes the place and blocks of one that decodes its tokens. False where it can't."""
+        before = self._requests.get(request_id)
+        if before is None or request_id in self._in_step or not goes_on_with(before, request):
+            return False
+        if not self._pool.hand_on(request_id, request.request_id, request.num_tokens + 1):
+            return False
+        request.num_computed_tokens = request.num_cached_tokens = request.num_tokens - 1
+        request.cache_salt = before.cache_salt
+        self._enter(request)
+        self._prefill_only.add(request.request_id)
+        self._move(request, RequestState.RUNNING)
+        return self.release(request_id)
 
     def reserve(self, request: Request) -> bool:
         """Hold room for a request whose prompt is prefilled elsewhere. False where there is none: nothing is held then.
@@ -192,7 +205,8 @@ class Scheduler:
             num_tokens = min(budget, prefill.num_missing_tokens)
             entries.append(prefill_entry(prefill, num_tokens, self._pool.table(prefill.request_id)))
             budget -= entries[-1].num_tokens
-        drafts = self._drafts(decoding, budget)
+        limits = map(self._max_drafts, decoding)
+        drafts = guess(self._speculator, self._pool, [*zip(decoding, limits, strict=True)], budget)
         tables = [self._pool.table(request.request_id) for request in decoding]
         entries[:0] = map(decode_entry, decoding, drafts, tables)
         self._plan = Plan(tuple(entries), tuple(preempted), *self._parking.take_swaps())
@@ -339,16 +353,6 @@ class Scheduler:
         decoded = (r for r in there if r.request_id not in self._prefill_only)
         held = ((request, len(self._pool.table(request.request_id))) for request in decoded)
         return self._forecast.num_blocks(held) if self._forecast is not None else 0
-
-    def _drafts(self, requests: Sequence[Request], budget: int) -> list[list[int]]:
-        """Guesses for requests that decode, at most `budget` in all, and no more than blocks can be had for."""
-        if self._speculator is None or not budget:
-            return [[]] * len(requests)
-        drafts = self._speculator.drafts([(request, self._max_drafts(request)) for request in requests], budget)
-        for request, guesses in zip(requests, drafts, strict=True):
-            if guesses and not self._pool.allocate(request.request_id, request.num_tokens + len(guesses)):
-                del guesses[len(self._pool.table(request.request_id)) * self._pool.block_size - request.num_tokens :]
-        return drafts
 
     def _max_drafts(self, request: Request) -> int:
         """All of these can be right, and the token after them is still one that the request may draw."""

@@ -42,3 +42,13 @@ def _allowed(request: Request, pool: BlockPool, prefill_only: bool, max_drafts: 
 
 def _only(num_blocks: int) -> range:
     return range(num_blocks, num_blocks + 1)
+
+
+def goes_on_with(request: Request, successor: Request) -> bool:
+    """Whether the request decodes, and has computed all that its successor knows but the last token."""
+    num_tokens = successor.num_tokens
+    return (
+        request.state is RequestState.RUNNING
+        and request.num_computed_tokens >= num_tokens - 1
+        and request.token_ids(0, num_tokens) == successor.token_ids(0, num_tokens)
+    )

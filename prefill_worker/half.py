@@ -47,7 +47,9 @@ class PrefillHalf:
             raise TransferError("not_cached", f"of {len(token_ids) - 1} tokens {num_found} are in the cache")
         self._sender.begin(ticket, token_ids[: command.num_skipped_tokens])
         self._attempts[request.request_id] = _Attempt(ticket, request, emit)
-        self._scheduler.add(request, prefill_only=True)
+        earlier = [engine_id((ticket.transfer_id, attempt)) for attempt in range(1, ticket.attempt)]
+        if not (command.handover and any(self._scheduler.succeed(name, request) for name in earlier)):
+            self._scheduler.add(request, prefill_only=True)
 
     def push(self, plan: Plan, layer: int) -> None:
         """K and V of `layer` stand in the cache for the whole plan: send them on while the next layer is computed.

@@ -29,6 +29,7 @@ from core.request import FinishReason
 from core.sampling import SamplingParams
 from core.ticket import Ticket
 from tests.cluster.running_worker import (
+    CONFIG,
     WAIT_S,
     Router,
     Running,
@@ -133,8 +134,7 @@ def test_a_request_that_moves_writes_what_it_writes_alone(trio: Trio, way: int) 
         token_ids = decode_some(trio, first, the_work, num_tokens)
         _, prefilled = hand_over(trio, second, continued(the_work, token_ids))
         assert trio.routers["a"].failure(first.key) == "stale_attempt"
-        # all but what was in no full block was in the cache
-        assert prefilled.num_cached_tokens >= (num_prompt + len(token_ids) - 1) // 16 * 16
+        assert prefilled.num_cached_tokens == num_prompt + len(token_ids) - 1  # nothing is computed twice
         token_ids += [prefilled.first_token_id, *rest(trio.routers["b"], second.key)]
         for router in trio.routers.values():
             router.until_idle()
@@ -164,9 +164,6 @@ def test_a_decode_worker_takes_no_other_prompts(trio: Trio) -> None:
     ticket = Ticket("r", 1, new_name(), "a", "b", 1)
     trio.routers["a"].say(Prefill(ticket, work(prompt_of(20))))
     assert trio.routers["a"].failure(ticket.key) == "wrong_role"
-    local = Ticket("r", 1, new_name(), "a", "a", 0)
-    trio.routers["a"].say(Prefill(local, work(prompt_of(20)), handover=True))
-    assert trio.routers["a"].failure(local.key) == "wrong_role"
 
 
 def test_a_draining_worker_hands_over_what_it_decodes_and_ends() -> None:
@@ -258,3 +255,36 @@ def test_what_is_not_cached_is_not_copied(trio: Trio) -> None:
     trio.routers["a"].say(Prefill(ticket, the_work, 0, handover=True, copy=True))
     assert trio.routers["a"].failure(ticket.key) == "not_cached"
     trio.routers["a"].until_idle()
+
+
+def test_what_is_handed_over_does_not_wait_behind_those_that_have_no_room() -> None:
+    """Others are parked, and blocks that it gave back would be theirs at once: so it keeps its own."""
+    roles = {"p": WorkerRole.PREFILL, "a": WorkerRole.DECODE, "b": WorkerRole.DECODE}
+    configs = {name: replace(CONFIG, num_blocks=12) if name == "a" else CONFIG for name in roles}
+    running = {name: Running(name, role, config=configs[name]) for name, role in roles.items()}
+    trio = Trio(running, {name: Router(each) for name, each in running.items()})
+    try:
+        trio.connect("p", "a", 1)
+        trio.connect("a", "b", 1)
+        works = [work(prompt_of(33, first=i), 140) for i in range(2)]
+        names = [new_name(), new_name()]
+        running["a"].steps.stop_at = lambda plan: bool(plan.swaps_out)
+        tokens = [
+            [begin(trio.routers["p"], trio.routers["a"], Ticket("r", 1, name, "p", "a", 1), each)]
+            for name, each in zip(names, works, strict=True)
+        ]
+        running["a"].steps.begun.get(timeout=WAIT_S)
+        seen = trio.routers["a"].tokens((names[0], 1))
+        while len(tokens[0]) < 60:
+            tokens[0] += next(seen).token_ids
+        second = Ticket("r", 2, names[0], "a", "b", 1)
+        running["a"].steps.resume()
+        _, prefilled = hand_over(trio, second, continued(works[0], tokens[0]))
+        assert prefilled.num_cached_tokens == 33 + len(tokens[0]) - 1
+        tokens[0] += [prefilled.first_token_id, *rest(trio.routers["b"], second.key)]
+        tokens[1] += rest(trio.routers["a"], (names[1], 1))
+        assert tokens == [alone(each) for each in works]
+        trio.routers["a"].until_idle()
+    finally:
+        for each in running.values():
+            each.close()

@@ -216,6 +216,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory.write(self.pool.table(name), num_there, request.prompt_token_ids[num_there:])
         self.check(self.scheduler.join(name, next_token(request.prompt_token_ids)))
 
+    @rule(data=st.data())
+    def succeed(self, data: st.DataObject) -> None:
+        """One that decodes is handed over, by somebody who may not know its last tokens."""
+        decoding = [r for r in self.scheduler.requests.values() if r.output_token_ids and r.num_missing_tokens == 1]
+        if not decoding:
+            return
+        before = data.draw(st.sampled_from(sorted(decoding, key=lambda request: request.request_id)))
+        num_known = data.draw(st.integers(len(before.prompt_token_ids), before.num_tokens))
+        name = next(name for name in map(str, count()) if name not in self.scheduler.requests)
+        after = Request(name, before.token_ids(0, num_known), before.sampling)
+        if self.scheduler.succeed(before.request_id, after):
+            self.forget(before.request_id)
+            self.progress[name] = num_known - 1
+            self.admitted.add(name)
+            self.prefill_only.add(name)
+            assert self.memory.read(self.pool.table(name), num_known - 1) == after.token_ids(0, num_known - 1)
+
     @precondition(lambda self: len(self.scheduler.requests) > 2)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
