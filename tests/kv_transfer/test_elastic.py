@@ -196,7 +196,7 @@ def test_a_slow_peer_that_takes_something_is_waited_for() -> None:
         pause = threading.Event()
 
         def late(message: Tensor) -> Tensor:
-            pause.wait(0.15)
+            pause.wait(0.1)
             return message
 
         network.to_receiver[1].damage = late

@@ -18,7 +18,7 @@ from kv_transfer.events import TransferReady
 from tests.kv_transfer.harness import WAIT_S, Transfer, Worker, connect, layout, tickets
 from tests.kv_transfer.peer_process import Push, peer
 
-CONFIG = TransferConfig(lease_s=2.0, silence_timeout_s=20.0, keepalive_s=0.2)
+CONFIG = TransferConfig(lease_s=2.0, silence_timeout_s=20.0, keepalive_s=0.2, streaming="layerwise")
 NUM_TOKENS = 16
 
 
@@ -30,7 +30,7 @@ def until(condition: Callable[[], bool]) -> bool:
     return holds
 
 
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
+@pytest.mark.parametrize("backend", ["shm", "tcp", "gloo"])
 @pytest.mark.parametrize("knows", [True, False], ids=["it finds its lease over", "it believes in its lease"])
 def test_what_it_still_sends_changes_nothing_for_the_new_owner(backend: Backend, knows: bool) -> None:
     config = replace(CONFIG, backend=backend)
