@@ -43,15 +43,24 @@ class Mover:
         """`need` says what a request asks for; `book` lets the fleet know what was asked of workers."""
         self._workers, self._ledger, self._flow, self._counts = workers, ledger, flow, counts
         self._clock, self._need, self._book = clock, need, book
+        self._version = -1  # of the fleet, when these were found to drain
+        self._names: list[str] = []
 
     def run(self) -> None:
         """Begin what can begin now."""
-        for incarnation in self._workers.draining():
+        for incarnation in self._draining():
             entries, now_s = [*self._decoding(incarnation)], self._clock()
             num_free = MAX_MOVES - self._num_moving(incarnation) - sum(is_busy(entry) for entry in entries)
             ready = [entry for entry in entries if not is_busy(entry) and now_s - entry.stayed_s >= RETRY_S]
             for entry in ready[: max(0, num_free)]:
                 self._move(entry, incarnation)
+
+    def _draining(self) -> list[str]:
+        """Workers that take no more work; looked for only when that may have changed."""
+        fleet = self._workers.fleet
+        if self._version != fleet.version:
+            self._version, self._names = fleet.version, [name for name, w in fleet.workers.items() if not w.taking]
+        return self._names
 
     def _decoding(self, incarnation: str) -> Iterator[Entry]:
         for hold in self._ledger.holds_on(incarnation):

@@ -172,10 +172,6 @@ class Workers:
     def is_idle(self, prefill: str, decode: str) -> bool:
         return self._pairs.is_idle((prefill, decode))
 
-    def draining(self) -> tuple[str, ...]:
-        """Incarnations of connected workers that take no new work."""
-        return tuple(incarnation for incarnation, worker in self._connected.items() if worker.draining)
-
     def ways_out(self, incarnation: str, state: PairState) -> tuple[Route, ...]:
         """Pairs in that state by which the worker can send what it has in its cache."""
         pairs = (pair for pair in self._pairs if pair.prefill.incarnation == incarnation and pair.state is state)
