@@ -9,6 +9,13 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 MAX_DEPTH = 4
+_LIKELY = frozenset(
+    (
+        *("prompt", "requests", "ids", "token_ids", "messages", "content"),
+        *("worker_id", "incarnation", "request_id", "address", "role", "policy"),
+    )
+)
+"""Fields without which a request says nothing."""
 _STRINGS = (
     "",
     "a",
@@ -58,9 +65,12 @@ class Fuzzer:
     def fill(self, message: Message, depth: int = 0) -> None:
         """Some of the fields, with values in and out of their bounds."""
         chance = 0.1 if self._tame else self._random.choice((0.1, 0.3, 0.6)) if depth else 0.5
+        oneofs: Any = message.DESCRIPTOR.oneofs
+        chosen = {self._random.choice(oneof.fields).name for oneof in oneofs}
         for field in message.DESCRIPTOR.fields:
-            likely = field.name in ("prompt", "requests", "token_ids", "worker_id", "request_id", "address", "role")
-            wanted = 0.9 if likely and depth < 2 else chance
+            if field.containing_oneof is not None and field.name not in chosen:
+                continue
+            wanted = 0.9 if field.name in _LIKELY and depth < 3 else chance
             if self._random.random() > wanted or depth > MAX_DEPTH:
                 continue
             if field.is_repeated:
@@ -111,11 +121,15 @@ class Fuzzer:
             "regex": ("[0-9]+", "(", "(a|b)*c"),
             "grammar": ('start: "a"', "start: /[ab]+/", 'root ::= "a"', "start: b"),
             "model": ("", "", "", "tiny", "gpt"),
+            "disaggregate": ("", "prefer", "local", "require"),
+            "prompt": ("the pipe", "a", "水門", "", "x" * 500),
+            "role": ("user", "user", "system", "assistant", "tool"),
+            "policy": ("round_robin", "least_loaded", "prefix_aware", "", "best"),
         }.get(name)
         if sound and draw.random() < (1.0 if self._tame else 0.8):
             return draw.choice(sound[:3] if self._tame else sound)
-        if self._tame and name == "kv_wire_dtype":
-            return draw.choice(("", "auto", "int8"))
+        if self._tame:
+            return draw.choice({"kv_wire_dtype": ("", "auto", "int8")}.get(name, _STRINGS[:2]))
         if draw.random() < 0.7:
             return draw.choice(_STRINGS)
         return "".join(

@@ -19,7 +19,7 @@ from tests.fuzz.world import World, world
 from tests.router import fake_tokens
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1800)]
-CALL_S = 2.0
+CALL_S = 10.0
 """The deadline of each call: a stream of changes ends with it."""
 CONCURRENCY = 8
 ALLOWED = frozenset(

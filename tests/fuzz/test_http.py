@@ -23,7 +23,7 @@ async def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> s
     async with world(lambda size: monkeypatch.setattr(fake_tokens, "VOCAB_SIZE", size)) as the_world:
         url = f"http://{the_world.app.http_address}/openapi.json"
         command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", url]
-        fixed = ("--exclude-checks", EXCLUDED, "--continue-on-failure", "--no-color", "--request-timeout", "30")
+        fixed = ("--exclude-checks", EXCLUDED, "--continue-on-failure", "--no-color", "--request-timeout", "60")
         process = await asyncio.create_subprocess_exec(
             *command, *fixed, *options, cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
         )
@@ -50,7 +50,18 @@ async def test_a_few_seeded_requests_keep_to_the_document(monkeypatch: pytest.Mo
 
 @pytest.mark.fuzz
 async def test_many_seeded_requests_keep_to_the_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seed, examples = os.environ.get("PENSTOCK_FUZZ_SEED", "1"), os.environ.get("PENSTOCK_FUZZ_EXAMPLES", "2500")
-    told = await run(monkeypatch, tmp_path, "--phases", "coverage,fuzzing", "--max-examples", examples, "--seed", seed)
+    seed, examples = os.environ.get("PENSTOCK_FUZZ_SEED", "1"), os.environ.get("PENSTOCK_FUZZ_EXAMPLES", "1400")
+    told = await run(
+        monkeypatch,
+        tmp_path,
+        "--phases",
+        "coverage,fuzzing",
+        "--workers",
+        "4",
+        "--max-examples",
+        examples,
+        "--seed",
+        seed,
+    )
     print(told)
     assert num_cases(told) >= int(os.environ.get("PENSTOCK_FUZZ_CASES", "10000"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc.aio
 
@@ -47,7 +47,8 @@ async def world(set_vocab_size: Callable[[int], None]) -> AsyncIterator[World]:
     set_vocab_size(tokenizer.vocab_size)
     model = ModelInfo("tiny", "TinyForCausalLM", "f00d", tokenizer.vocab_size, MAX_MODEL_LEN, (END_OF_TEXT,))
     dispatch = DispatchConfig(stats_grace_s=0.01)
-    config = RouterConfig(grpc_port=0, http_port=0, sessions=SESSIONS, dispatch=dispatch, tool_call_parser="hermes")
+    sessions = replace(SESSIONS, dead_after_s=60.0, forget_after_s=3600.0)  # they register once, and may have to wait
+    config = RouterConfig(grpc_port=0, http_port=0, sessions=sessions, dispatch=dispatch, tool_call_parser="hermes")
     app = RouterApp(config, model=model, tokenizer=tokenizer)
     await app.start()
     fakes = tuple(
