@@ -1,8 +1,8 @@
 """Requests of every kind for minutes, while workers are cut off, lied to, delayed, frozen and killed.
 
 Not in the default suite: `make chaos`. PENSTOCK_CHAOS_S says how long, PENSTOCK_CHAOS_SEED which requests and faults; K
-and V go through shared memory with an odd seed, over TCP with an even one. The router is not killed here: nobody could
-take up its streams again, which is a promise of no SDK yet.
+and V go through shared memory with an odd seed, over TCP with an even one. Streams of a router that is killed are taken
+up again by the SDK.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import pytest
 
 from cluster.steps import Step
-from penstock import AsyncClient, PenstockError, RequestCancelledError
+from penstock import AsyncClient, DeadlineExceededError, PenstockError, RequestCancelledError, UnavailableError
 from tests.faults.control import QUICK, Action, World, world
 from tests.faults.jobs import Answer, all_kinds, answer_of, run
 from tests.faults.network import Way
@@ -29,6 +29,8 @@ from tests.faults.network import Way
 DURATION_S = float(os.environ.get("PENSTOCK_CHAOS_S", "600"))
 SEED = int(os.environ.get("PENSTOCK_CHAOS_SEED", "1"))
 NUM_CLIENTS, NUM_JOBS = 8, 64
+MAX_RETRIES = 20
+"""Of a stream whose router is killed, until there is another."""
 FAULT_INTERVAL_S, KILL_INTERVAL_S = 3.0, 30.0
 LONGEST_S = 90.0
 """No stream may take longer, whatever happens to it."""
@@ -82,9 +84,13 @@ def going() -> Iterator[Run]:
         yield Run(made, jobs, undisturbed, time.monotonic() + DURATION_S)
 
 
+def client_of(going: Run) -> AsyncClient:
+    return AsyncClient(going.world.target, timeout_s=LONGEST_S, max_retries=MAX_RETRIES, wait_for_ready=True)
+
+
 async def ask(going: Run, rng: random.Random) -> None:
     """One client: a request after the other, of which it leaves some before their end."""
-    async with AsyncClient(going.world.target, timeout_s=LONGEST_S) as client:
+    async with client_of(going) as client:
         while time.monotonic() < going.until:
             which = rng.randrange(NUM_JOBS)
             leave_after = rng.randint(0, 20) if rng.random() < 0.1 else None
@@ -121,7 +127,7 @@ async def ask(going: Run, rng: random.Random) -> None:
 async def disturb(going: Run, rng: random.Random) -> None:
     """A cheap fault every 3 s, and a kill every 30: the pace is what is being set here."""
     kill_at = time.monotonic() + KILL_INTERVAL_S / 2
-    async with AsyncClient(going.world.target, timeout_s=LONGEST_S) as client:
+    async with client_of(going) as client:
         while time.monotonic() < going.until:
             await asyncio.sleep(FAULT_INTERVAL_S)
             if time.monotonic() >= kill_at:
@@ -132,7 +138,8 @@ async def disturb(going: Run, rng: random.Random) -> None:
                 if going.running:
                     name = rng.choice(sorted(going.running))
                     going.cancelled.add(name)
-                    going.faults["cancel"] += await client.cancel(name)
+                    with contextlib.suppress(UnavailableError, DeadlineExceededError):  # the router is down
+                        going.faults["cancel"] += await client.cancel(name)
                 continue
             with contextlib.suppress(AssertionError, IndexError, OSError, queue.Empty):  # it is down
                 if fault == "weather":
@@ -143,22 +150,24 @@ async def disturb(going: Run, rng: random.Random) -> None:
 
 
 def kill(going: Run, rng: random.Random) -> None:
-    """One worker, or now and then both of a pair."""
-    victims = [rng.choice(WORKERS)] if rng.random() < 0.75 else ["prefill-0", rng.choice(WORKERS[2:])]
+    """One worker, or now and then both of a pair, or the router."""
+    both = ["prefill-0", rng.choice(WORKERS[2:])]
+    victims = rng.choice(([rng.choice(WORKERS)], [rng.choice(WORKERS)], both, ["router"]))
     for victim in victims:
         with contextlib.suppress(KeyError, ProcessLookupError):  # it is down
             going.world.kill(victim)
-            going.faults["kill"] += 1
+            going.faults["kill a router" if victim == "router" else "kill"] += 1
             going.kills[victim] += 1
             going.away.append((victim, time.monotonic(), time.monotonic() + BACK_S))
 
 
 async def watch(going: Run) -> None:
     """Which lives of workers there are: one that finds its books wrong ends itself, and is started anew."""
-    async with AsyncClient(going.world.target, timeout_s=LONGEST_S) as client:
+    async with client_of(going) as client:
         while time.monotonic() < going.until:
-            for worker in (await client.server_info()).workers:
-                going.lives.setdefault(worker.worker_id, set()).add(worker.incarnation)
+            with contextlib.suppress(UnavailableError, DeadlineExceededError):  # the router is down
+                for worker in (await client.server_info()).workers:
+                    going.lives.setdefault(worker.worker_id, set()).add(worker.incarnation)
             await asyncio.sleep(0.5)
 
 

@@ -6,6 +6,7 @@ TCP keeps its bytes in order, so what overtakes what is one connection the other
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 import struct
@@ -112,5 +113,6 @@ class Proxy:
 
 def reset(writer: asyncio.StreamWriter) -> None:
     """End a connection as a cut does, not in good order."""
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with contextlib.suppress(OSError):  # it has ended already
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
