@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from operator import itemgetter
 
 from core.messages import WorkerRole
+from router.policies.best_of import best_of
 from router.policies.fleet import Kind, Lane, Worker
 from router.policies.least_loaded import fastest
-from router.policies.power_of_two import ascending
-from router.policies.search import NO_LIMIT, NUM_HOLDERS, Candidates, Choice, Search
+from router.policies.search import NUM_HOLDERS, Choice, Search
 
 MIXED = WorkerRole.MIXED
 NUM_FIRST = 4
@@ -35,51 +34,12 @@ class PrefixAware:
         others |= {p: None for p in prefills if p.role is MIXED}
         read_s = {p: search.prefill_s(p) * (1.0 + JITTER * draw()) for p in prefills}
         write_s = {d: search.step_s(d) * num_output * (1.0 + JITTER * draw()) for d in others if search.has_blocks(d)}
-        choice = best_of(search, read_s, write_s)
+        choice = best_of(search, read_s, write_s, "prefix_cached")
         if choice is None:
             return fastest(search, "no_holder_has_room")
         if search.num_cached(choice.prefill) or search.num_cached(choice.decode):
             return choice
         return Choice(choice.prefill, choice.decode, "holders_busy")
-
-
-def best_of(search: Search, read_s: Mapping[Worker, float], write_s: Mapping[Worker, float]) -> Choice | None:
-    """The least sum, handover included. The best of each half are nearly always a pair that is up."""
-    if not write_s:
-        return None
-    alone_s, alone = NO_LIMIT, None
-    if search.need.mode != "require":
-        sums = ((read_s[d] + cost, d) for d, cost in write_s.items() if d.role is MIXED and d in read_s)
-        alone_s, alone = min(sums, key=itemgetter(0), default=(NO_LIMIT, None))
-    if read_s:
-        prefill = min(read_s, key=read_s.__getitem__)
-        handed_s, decode = NO_LIMIT, prefill
-        link, num_tokens, num_cached = prefill.kind.link, search.need.num_tokens, search.num_cached
-        for d, cost in write_s.items():
-            total = cost + link(d.kind).at(num_tokens - num_cached(d))
-            if total < handed_s and d is not prefill:
-                handed_s, decode = total, d
-        if read_s[prefill] + handed_s < alone_s:
-            if search.connected(prefill, decode):
-                return Choice(prefill, decode, "prefix_cached")
-            return best_connected(search, read_s, write_s, alone_s, alone)
-    return None if alone is None else Choice(alone, alone, "prefix_cached")
-
-
-def best_connected(
-    search: Search,
-    read_s: Mapping[Worker, float],
-    write_s: Mapping[Worker, float],
-    alone_s: float,
-    alone: Worker | None,
-) -> Choice | None:
-    """The same, over pairs that are up only."""
-
-    def decodes_for(prefill: Worker) -> list[Candidates]:
-        return ascending((cost + search.handover_s(prefill, d), d) for d, cost in write_s.items())
-
-    both = [[(alone_s, alone)]] if alone is not None else []
-    return search.cheapest(ascending((cost, p) for p, cost in read_s.items()), decodes_for, both, "prefix_cached")
 
 
 def near(search: Search, lanes: Mapping[Kind, Lane], half: int, rng: random.Random) -> dict[Worker, None]:

@@ -16,7 +16,7 @@ from router.policies.model import CacheKind, Forecast, Need, Route
 Candidates = Iterable[tuple[float, Worker]]
 """Workers and what each would cost, in whatever the policy minimises; the cheapest first."""
 NO_LIMIT = float("inf")
-NUM_HOLDERS = 4
+NUM_HOLDERS = 3
 """Workers of each half that are looked at because they have some of the prompt: those that have most."""
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
+from operator import itemgetter
 
 from router.policies.fleet import Lane, Worker
 from router.policies.least_loaded import fastest
 from router.policies.search import Candidates, Choice, Search
 from router.policies.speeds import Line
 
-NUM_LOCAL = 32
+NUM_LOCAL = 8
 """Workers of a kind that are asked whether they meet both targets at once."""
 
 
@@ -74,7 +75,7 @@ def tightest(search: Search, lane: Lane, line: Line, base_s: float, limit_s: flo
     if limit_s == float("inf"):
         return ((base_s + rank[0] * slope, rank[3]) for rank in ranks if search.may(rank[3]))
     most = (limit_s - base_s) / slope if slope > 0 else (float("inf") if base_s <= limit_s else -1.0)
-    end = bisect_left(ranks, most, key=lambda rank: rank[0])
+    end = bisect_left(ranks, most, key=itemgetter(0))
     return (
         (spare(base_s + ranks[i][0] * slope, limit_s), ranks[i][3])
         for i in range(end - 1, -1, -1)
