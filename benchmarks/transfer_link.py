@@ -60,7 +60,7 @@ class Worker:
     def __init__(self, name: str, storage: KVStorage, backend: Backend) -> None:
         self.name, self.storage = name, storage
         self.events: queue.SimpleQueue[KVEvent] = queue.SimpleQueue()
-        config = TransferConfig(backend=backend, silence_timeout_s=30)  # the machine may be busy
+        config = TransferConfig(backend=backend, silence_timeout_s=30, lease_s=WAIT_S)  # the machine may be busy
         self.plane = KVPlane(name, storage, HOST, config, time.monotonic, self.events.put)
 
     def connect(self, address: str) -> None:
