@@ -94,6 +94,6 @@ def _fitted(points: list[tuple[float, float]], before: LinkFit) -> LinkFit:
     bytes_per_s = before.bytes_per_s
     if rising:
         bytes_per_s = min(max(1 / median(rising), MIN_BYTES_PER_S), MAX_BYTES_PER_S)
-    rest = [seconds - num_bytes / bytes_per_s for num_bytes, seconds in points]
-    smallest = min(points)[1]
-    return LinkFit(min(max(median(rest), MIN_LATENCY_S), smallest, MAX_LATENCY_S), bytes_per_s)
+    num_bytes, seconds = min(points)  # the other sizes say less of what is the same for all
+    latency_s = min(max(seconds - num_bytes / bytes_per_s, MIN_LATENCY_S), MAX_LATENCY_S)
+    return LinkFit(latency_s, bytes_per_s)
