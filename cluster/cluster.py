@@ -64,6 +64,7 @@ class Cluster:
                 self._router(),
                 config.log_level,
                 config.security,
+                config.num_routers,
             )
             self.endpoints = self.launcher.start(router, worker_specs(self.config), deadline - time.monotonic())
             self._wait_until_serving(deadline)

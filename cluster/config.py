@@ -20,6 +20,8 @@ from router.config import RouterConfig
 
 T = TypeVar("T")
 
+MAX_ROUTERS = 8
+"""As many as a worker serves (cluster/worker_process.py)."""
 SECRETS = ("security.api_key", "security.cluster_secret")
 """Fields whose values no error shows."""
 
@@ -54,6 +56,9 @@ class ClusterConfig:
     """How long the cluster may take until it can serve."""
     drain_timeout_s: float = 30.0
     """How long a worker that is asked to stop may take to finish what it has."""
+    num_routers: int = 1
+    """Routers that share all workers; clients that know several go on with another when one dies. Those after the first
+    take the ports above its own."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     prefill: PoolConfig = PoolConfig(num_workers=1)
     """Workers that read prompts, on nodes with the custom resource `prefill`."""
@@ -70,6 +75,8 @@ class ClusterConfig:
         for name in ("startup_timeout_s", "drain_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(name, getattr(self, name), "must be > 0 seconds")
+        if not 1 <= self.num_routers <= MAX_ROUTERS:
+            raise ConfigError("num_routers", self.num_routers, f"must be 1 to {MAX_ROUTERS}")
         for role in ("prefill", "decode", "mixed"):
             for f in dataclasses.fields(PoolConfig):
                 if not (value := getattr(getattr(self, role), f.name)) >= 0:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from cluster.config import from_json, to_json
 from cluster.spec import Endpoints, RouterSpec, Started, WorkerSpec
@@ -22,6 +22,23 @@ RESTART_DELAYS_S = (0.1, 0.5, 2.0, 5.0)
 """Waited before a restart: the longer, the more exits in a row came within `STABLE_S` of their start."""
 STABLE_S = 30.0
 KILL_TIMEOUT_S = 5.0
+
+
+def router_name(index: int) -> str:
+    """The name of the process of one of the routers."""
+    return f"router-{index}" if index else "router"
+
+
+def nth_router(spec: RouterSpec, index: int) -> RouterSpec:
+    """The specification of one of the routers: each has ports of its own."""
+    ports = {name: getattr(spec.config, name) for name in ("grpc_port", "http_port", "registry_port")}
+    own: dict[str, Any] = {name: port + index if port else 0 for name, port in ports.items()}
+    return replace(spec, config=replace(spec.config, **own))
+
+
+def registries(endpoints: Endpoints) -> str:
+    """Where workers register: at every router."""
+    return ",".join(each.registry for each in (endpoints, *endpoints.others))
 
 
 class Launcher(Protocol):
@@ -61,22 +78,31 @@ class SubprocessLauncher:
         self._endpoints: Endpoints | None = None
 
     def start(self, router: RouterSpec, workers: Sequence[WorkerSpec], deadline_s: float) -> Endpoints:
-        child = self._children["router"] = _Child("router", self._command("router"), to_json(router))
-        endpoints = child.endpoints(deadline_s)
+        specs = {router_name(index): nth_router(router, index) for index in range(router.num_routers)}
+        for name, spec in specs.items():
+            self._children[name] = _Child(name, self._command("router"), to_json(spec))
+        ends_at = time.monotonic() + deadline_s
+        first, *others = [self._bind(name, spec, ends_at) for name, spec in specs.items()]
+        self._endpoints = replace(first, others=tuple(others))
+        for worker in workers:
+            self.start_worker(worker)
+        return self._endpoints
+
+    def _bind(self, name: str, router: RouterSpec, ends_at: float) -> Endpoints:
+        """Where a router answers; started again, it will answer there as well."""
+        child = self._children[name]
+        endpoints = child.endpoints(max(0.0, ends_at - time.monotonic()))
         grpc, http, registry = (
             int(address.rpartition(":")[2]) for address in (endpoints.grpc, endpoints.http, endpoints.registry)
         )  # where workers and clients look for it
         fixed = replace(router.config, grpc_port=grpc, http_port=http, registry_port=registry)
         child.spec = to_json(replace(router, config=fixed))
-        self._endpoints = endpoints
-        for worker in workers:
-            self.start_worker(worker)
         return endpoints
 
     def start_worker(self, spec: WorkerSpec) -> None:
         if self._endpoints is None:
             raise UnavailableError("start the router before its workers")
-        command = self._command("worker", self._endpoints.registry)
+        command = self._command("worker", registries(self._endpoints))
         self._children[spec.worker_id] = _Child(spec.worker_id, command, to_json(spec))
 
     def stop_worker(self, worker_id: str, drain_timeout_s: float) -> None:

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ClusterConfig, from_json, to_json
+from cluster.launcher import nth_router, router_name
 from cluster.process import Process, prepare_for_torch
 from cluster.spec import Endpoints, RouterSpec, WorkerSpec
 from core.errors import UnavailableError
@@ -58,17 +59,23 @@ class RouterActor:
 class WorkerActor:
     """A worker in an actor: started again by Ray, it loads and registers anew."""
 
-    def __init__(self, spec: str, router_name: str) -> None:
+    def __init__(self, spec: str, router_names: Sequence[str]) -> None:
         prepare_for_torch()
         from cluster.worker_process import WorkerProcess
 
         def router_address() -> str:
-            try:
-                router: Any = ray.get_actor(router_name)
-                endpoints: str = ray.get(router.endpoints.remote(), timeout=CALL_TIMEOUT_S)
-            except (RayError, ValueError) as error:  # ValueError: no actor of that name
-                raise ConnectionError(f"the router's actor does not answer: {error}") from error
-            return from_json(Endpoints, endpoints).registry
+            found, problem = [], "there is none"
+            for name in router_names:
+                try:
+                    router: Any = ray.get_actor(name)
+                    endpoints: str = ray.get(router.endpoints.remote(), timeout=CALL_TIMEOUT_S)
+                except (RayError, ValueError) as error:  # ValueError: no actor of that name
+                    problem = str(error)
+                    continue
+                found.append(from_json(Endpoints, endpoints).registry)
+            if not found:
+                raise ConnectionError(f"no router's actor answers: {problem}")
+            return ",".join(found)
 
         worker = from_json(WorkerSpec, spec)
         self._worker = WorkerProcess(replace(worker, host=worker.host or _node_address()), router_address)
@@ -90,7 +97,7 @@ class RayLauncher:
     def __init__(self, config: ClusterConfig) -> None:
         self._actors: dict[str, Any] = {}
         self._groups: dict[str, PlacementGroup] = {}
-        self._router_name = f"router-{uuid.uuid4().hex}"
+        self._router_names = [f"router-{uuid.uuid4().hex}" for _ in range(config.num_routers)]
         self._owns_ray = config.ray_address is None
         pools = {"prefill": config.prefill, "decode": config.decode, "mixed": config.mixed}
         num_cpus = sum(pool.num_workers * pool.num_cpus for pool in pools.values())
@@ -109,11 +116,17 @@ class RayLauncher:
 
     def start(self, router: RouterSpec, workers: Sequence[WorkerSpec], deadline_s: float) -> Endpoints:
         # no CPU of its own: it must not keep a worker from the node that has just room enough
-        actor = self._actors["router"] = _actor(RouterActor, num_cpus=0, name=self._router_name).remote(to_json(router))
+        routers = []
+        for index, name in enumerate(self._router_names):
+            actor = _actor(RouterActor, num_cpus=0, name=name).remote(to_json(nth_router(router, index)))
+            self._actors[router_name(index)] = actor
+            routers.append(actor)
         for worker in workers:  # they load their model while the router starts, then ask where it is
             self.start_worker(worker)
         try:
-            return from_json(Endpoints, ray.get(actor.endpoints.remote(), timeout=deadline_s))
+            told = ray.get([actor.endpoints.remote() for actor in routers], timeout=deadline_s)
+            first, *others = [from_json(Endpoints, each) for each in told]
+            return replace(first, others=tuple(others))
         except GetTimeoutError as error:
             raise UnavailableError(f"the router did not start within {deadline_s:g} s") from error
         except RayActorError as error:
@@ -131,7 +144,7 @@ class RayLauncher:
             resources={spec.role.value: 1.0},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
         )
-        self._actors[spec.worker_id] = worker.remote(to_json(spec), self._router_name)
+        self._actors[spec.worker_id] = worker.remote(to_json(spec), self._router_names)
 
     def stop_worker(self, worker_id: str, drain_timeout_s: float) -> None:
         worker = self._actors.pop(worker_id)

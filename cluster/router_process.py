@@ -43,11 +43,12 @@ class RouterProcess:
         threading.Thread(target=self._run_loop, name="router", daemon=True).start()
         asyncio.run_coroutine_threadsafe(self._app.start(), self._loop).result(START_TIMEOUT_S)
         asyncio.run_coroutine_threadsafe(self._serve(), self._loop)
-        addresses = self._app.grpc_address, self._app.http_address, self._app.registry_address
+        app, host = self._app, url_host(spec.config.host)
+        grpc, http, registry = app.grpc_address, app.http_address, app.registry_address
         if spec.config.host in WILDCARDS:
-            host = url_host(spec.config.host)
-            return Endpoints(*(address.replace(host, url_host(self._node_host), 1) for address in addresses))
-        return Endpoints(*addresses)
+            here = url_host(self._node_host)
+            grpc, http, registry = (address.replace(host, here, 1) for address in (grpc, http, registry))
+        return Endpoints(grpc, http, registry)
 
     def drain(self) -> None:
         """Refuse what is new, let what runs end within a grace, then end. Returns at once."""

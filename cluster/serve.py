@@ -25,9 +25,13 @@ def serve(command: Serve) -> int:
         grpc, http = cluster.endpoints.grpc, cluster.endpoints.http
         if command.json:
             pids = cluster.launcher.pids()
-            print(json.dumps({"grpc": grpc, "http": http, "model": config.model_name, "pids": pids}), flush=True)
+            others = [{"grpc": each.grpc, "http": each.http} for each in cluster.endpoints.others]
+            told = {"grpc": grpc, "http": http, "model": config.model_name, "pids": pids, "others": others}
+            print(json.dumps(told), flush=True)
         else:
             console.print(_greeting(config.model_name, grpc, http), soft_wrap=True, markup=False)
+            for other in cluster.endpoints.others:
+                console.print(f"As well at gRPC {other.grpc}, OpenAI http://{other.http}/v1", markup=False)
         try:
             signal.pause()
         except KeyboardInterrupt:

@@ -20,6 +20,7 @@ class RouterSpec:
     config: RouterConfig
     log_level: str
     security: SecurityConfig = field(default_factory=SecurityConfig)
+    num_routers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,13 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where a router answers, as `host:port`; `registry` is where workers register."""
+    """Where a router answers, as `host:port`; `registry` is where workers register. Of the first router, with
+    those of the `others` of the same cluster."""
 
     grpc: str
     http: str
     registry: str
+    others: tuple[Endpoints, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

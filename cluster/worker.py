@@ -33,7 +33,7 @@ from core.messages import (
     Reserve,
     WorkerRole,
 )
-from core.ticket import AttemptKey, Ticket, engine_id
+from core.ticket import AttemptKey, Ticket, engine_id, lane_of
 from core.trace_context import log_fields
 from decode_worker.half import DecodeHalf
 from engine.engine import Engine
@@ -98,6 +98,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._sessions: set[RouterSession] = set()
         self._owners: dict[AttemptKey, RouterSession] = {}
+        self._channels: dict[RouterSession, dict[tuple[str, str], int]] = {}  # latest epochs that each asked for
         self._parts: dict[AttemptKey, list[int]] = {}
         self._deadlines: dict[AttemptKey, float] = {}
         self._draining_until: float | None = None
@@ -229,6 +230,9 @@ class Worker:
                     session.emit(self._engine.pool.index.snapshot())
             case SessionClosed(session):
                 self._sessions.discard(session)
+                for pair, epoch in self._channels.pop(session, {}).items():
+                    if lane_of(epoch):  # else whatever router comes next replaces it
+                        self._kv.disconnect(pair, epoch)
                 for key in [key for key, owner in self._owners.items() if owner is session]:
                     self._drop(key)
             case PairUp() | PairDown():
@@ -247,7 +251,8 @@ class Worker:
         if step := STEP_OF.get(type(command)):
             self._on_step(step)
         match command:
-            case Connect():
+            case Connect(prefill, decode, epoch):
+                self._channels.setdefault(session, {})[prefill, decode] = epoch
                 self._kv.connect(command)
             case Disconnect(prefill, decode, epoch):
                 self._kv.disconnect((prefill, decode), epoch)

@@ -15,13 +15,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster import rpc
+from cluster.registrar import Registrar
 from cluster.session import WorkerService
 from cluster.spec import WorkerSpec
 from cluster.steps import StepHook, pass_by
 from cluster.worker import FromRouter, SessionClosed, SessionOpened, Stop, Worker
 from core.clock import Clock
 from core.messages import Drain, WorkerHello, WorkerRole
-from core.secret import draw_nonce
 from engine.engine import Engine
 from engine.kv_storage import KVStorage
 from kv_transfer.config import TransferConfig
@@ -29,14 +29,10 @@ from kv_transfer.events import KVEvent, Notify
 from kv_transfer.plane import KVPlane
 from penstock.v1 import worker_pb2, worker_pb2_grpc
 from router.access.network import WorkerNetwork
-from router.handshake import registered_proof, registration_proof
 from telemetry.logs import configure_logging
 
 log = logging.getLogger(__name__)
 
-REGISTER_INTERVAL_S = 2.0
-REGISTER_RETRY_S = 0.2
-CHANNEL_OPTIONS = (("grpc.max_reconnect_backoff_ms", 1000),)  # else a router that was away long is found late
 MAX_ROUTERS = 8
 """Sessions and other calls that one worker serves at once."""
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
@@ -141,27 +137,8 @@ class WorkerProcess:
             self._ended.set()
 
     def _register(self) -> None:
-        """Tell the router of this worker, again and again: either may have restarted."""
-        spec, secret, nonce = self._spec, self._network.secret, draw_nonce()
-        request = worker_pb2.RegisterRequest(
+        spec = self._spec
+        registration = worker_pb2.RegisterRequest(
             worker_id=spec.worker_id, incarnation=self._incarnation, address=self._address, role=rpc.ROLES[spec.role]
         )
-        if secret is not None:
-            names = spec.worker_id, self._incarnation, self._address, spec.role.value
-            request.nonce, request.proof = nonce, registration_proof(secret, *names, nonce)
-        wait_s, address, channel = 0.0, "", None
-        while not self._ended.wait(wait_s):
-            try:
-                if address != (address := self._router_address()) or channel is None:
-                    if channel is not None:
-                        channel.close()
-                    channel = self._network.dial(address, CHANNEL_OPTIONS)
-                answer = worker_pb2_grpc.RegistryStub(channel).Register(request, timeout=REGISTER_INTERVAL_S)
-                if secret is not None and answer.proof != registered_proof(secret, nonce, connected=answer.connected):
-                    raise ConnectionError("who answers there does not have the cluster's secret")
-                wait_s = REGISTER_INTERVAL_S
-            except (grpc.RpcError, OSError) as error:
-                log.info("worker %s can't register with %s: %s", self._spec.worker_id, address, error)
-                wait_s = REGISTER_RETRY_S
-        if channel is not None:
-            channel.close()
+        Registrar(registration, spec.role.value, self._network, self._router_address).run(self._ended)

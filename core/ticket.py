@@ -9,6 +9,9 @@ from dataclasses import astuple, dataclass
 
 from core.kv_layout import WireDtype
 
+LANE_SHIFT, LANE_BITS = 40, 20
+"""Where in a pair's epoch its router's lane stands: routers that share workers have channels of their own."""
+
 AttemptKey = tuple[str, int]
 """`(transfer_id, attempt)`: what makes a command idempotent and a late message recognisable."""
 
@@ -97,3 +100,8 @@ class CommitRecord:
 def prefix_hash(token_ids: Sequence[int]) -> bytes:
     """Identity of a prefix of tokens: 16 bytes of BLAKE2b over the token ids as little-endian uint32."""
     return hashlib.blake2b(struct.pack(f"<{len(token_ids)}I", *token_ids), digest_size=16).digest()
+
+
+def lane_of(epoch: int) -> int:
+    """Which router's channel a pair's epoch names. Within a lane the greater epoch is the later one."""
+    return epoch >> LANE_SHIFT

@@ -14,7 +14,7 @@ from core.clock import Clock
 from core.errors import TransferError
 from core.kv_layout import KVLayout
 from core.messages import Connect, PairDown, PairUp
-from core.ticket import AttemptKey, Ticket
+from core.ticket import AttemptKey, Ticket, lane_of
 from kv_transfer.channel import Channel, ReceiveChannel, SendChannel, receive_frame, send_frame
 from kv_transfer.config import TransferConfig
 from kv_transfer.events import Notify
@@ -34,6 +34,8 @@ MAX_ENDED = 64
 
 PairKey = tuple[str, str]
 """Incarnations of the prefill and the decode worker."""
+LinkKey = tuple[str, str, int]
+"""The same, and the lane: each router of a cluster has a channel of its own between the two."""
 
 
 class PairListener(Protocol):
@@ -60,6 +62,10 @@ class _Link:
         return self.connect.prefill_incarnation, self.connect.decode_incarnation
 
     @property
+    def lane(self) -> LinkKey:
+        return *self.key, lane_of(self.connect.epoch)
+
+    @property
     def name(self) -> str:
         return f"{self.connect.prefill_incarnation[:8]}-{self.connect.decode_incarnation[:8]}-{self.connect.epoch}"
 
@@ -67,10 +73,10 @@ class _Link:
 class Pairs:
     """Owns every channel of a worker. Thread-safe.
 
-    A worker has `max_pairs` channels at most, a pair has one live epoch. A Connect with a later one replaces it, one
-    with an earlier one is refused, the same again only repeats the outcome. A channel that ends takes its transfers
-    with it and no others, and is told by one PairDown. A watchdog ends the channel whose thread hangs in a transport
-    that does not mind its timeouts.
+    A worker has `max_pairs` channels at most, a pair has one live epoch for each router. A Connect with a later one
+    replaces it, one with an earlier one is refused, the same again only repeats the outcome. A channel that ends takes
+    its transfers with it and no others, and is told by one PairDown. A watchdog ends the channel whose thread hangs in
+    a transport that does not mind its timeouts.
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class Pairs:
         self._incarnation, self._layout, self._rendezvous = incarnation, layout, rendezvous
         self._config, self._clock, self._notify, self._listener = config, clock, notify, listener
         self._lock = threading.Lock()
-        self._links: dict[PairKey, _Link] = {}
+        self._links: dict[LinkKey, _Link] = {}
         self._closed = False
         self._closing = threading.Event()
         self._watchdog: threading.Thread | None = None
@@ -99,7 +105,7 @@ class Pairs:
         """Build the channel of a pair in the background; PairUp or PairDown tells the outcome. Returns at once."""
         link = _Link(connect)
         with self._lock:
-            old = self._links.get(link.key)
+            old = self._links.get(link.lane)
             if self._closed:
                 return
             if old is not None and old.connect.epoch == connect.epoch:
@@ -122,7 +128,7 @@ class Pairs:
     def disconnect(self, pair: PairKey, epoch: int) -> None:
         """End the channel of a pair, if it is of that epoch. Returns at once."""
         with self._lock:
-            link = self._links.get(pair)
+            link = self._links.get((*pair, lane_of(epoch)))
         if link is not None and link.connect.epoch == epoch:
             self._end(link, "the router has closed it")
 
@@ -160,7 +166,7 @@ class Pairs:
 
     def _live(self, ticket: Ticket) -> Channel:
         with self._lock:
-            link = self._links.get((ticket.prefill_incarnation, ticket.decode_incarnation))
+            link = self._links.get((ticket.prefill_incarnation, ticket.decode_incarnation, lane_of(ticket.pair_epoch)))
         if link is None or link.connect.epoch != ticket.pair_epoch:
             raise TransferError("pair_down", f"no channel of epoch {ticket.pair_epoch} between the two")
         if link.channel is None or not isinstance(link.outcome, PairUp):
@@ -261,8 +267,8 @@ class Pairs:
 
     def _keep(self, link: _Link) -> None:
         """Under the lock. Ends that are long past are forgotten: those of workers that are gone would pile up."""
-        self._links.pop(link.key, None)
-        self._links[link.key] = link
+        self._links.pop(link.lane, None)
+        self._links[link.lane] = link
         over = [key for key, other in self._links.items() if isinstance(other.outcome, PairDown)]
         for key in over[: max(0, len(over) - MAX_ENDED)]:
             del self._links[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -25,7 +26,7 @@ from core.messages import (
     WorkerRole,
 )
 from core.request import Disaggregation
-from core.ticket import Ticket
+from core.ticket import LANE_BITS, LANE_SHIFT, Ticket
 from router.access.network import WorkerNetwork
 from router.config import SessionConfig
 from router.info import PairInfo, WorkerInfo
@@ -58,14 +59,15 @@ class WorkerListener(Protocol):
         """Transfers whose leases on that worker are to be renewed."""
 
 
-def wall_clock_epochs(wall_clock: Callable[[], float] = time.time) -> Callable[[], int]:
-    """Epochs that go on rising when the router restarts: seconds since 1970, or one more than the last."""
+def wall_clock_epochs(wall_clock: Callable[[], float] = time.time, lane: int = 0) -> Callable[[], int]:
+    """Epochs that go on rising when the router restarts: seconds since 1970, or one more than the last. Each router of
+    a cluster has a `lane` of its own, so that none replaces the channels of another."""
     last = 0
 
     def next_epoch() -> int:
         nonlocal last
         last = max(last + 1, int(wall_clock()))
-        return last
+        return (lane << LANE_SHIFT) | last
 
     return next_epoch
 
@@ -94,7 +96,7 @@ class Workers:
         self._clock = clock
         self._fingerprint = fingerprint
         self._hello = RouterHello(router_id, uuid.uuid4().hex)
-        self._pairs = PairTable(config, next_epoch or wall_clock_epochs())
+        self._pairs = PairTable(config, next_epoch or wall_clock_epochs(lane=secrets.randbits(LANE_BITS)))
         self._by_id: dict[str, Worker] = {}
         self._connected: dict[str, Worker] = {}  # by incarnation
         self._alarm: asyncio.TimerHandle | None = None
