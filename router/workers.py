@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
@@ -26,9 +25,10 @@ from core.messages import (
     WorkerRole,
 )
 from core.request import Disaggregation
-from core.ticket import LANE_BITS, LANE_SHIFT, Ticket
+from core.ticket import LANE_BITS, Ticket
 from router.access.network import WorkerNetwork
 from router.config import SessionConfig
+from router.epochs import wall_clock_epochs
 from router.info import PairInfo, WorkerInfo
 from router.pairs import PairKey, PairState, PairTable, Told
 from router.policies.fleet import Fleet, KindKey
@@ -57,19 +57,6 @@ class WorkerListener(Protocol):
 
     def live_transfer_ids(self, incarnation: str) -> tuple[str, ...]:
         """Transfers whose leases on that worker are to be renewed."""
-
-
-def wall_clock_epochs(wall_clock: Callable[[], float] = time.time, lane: int = 0) -> Callable[[], int]:
-    """Epochs that go on rising when the router restarts: seconds since 1970, or one more than the last. Each router of
-    a cluster has a `lane` of its own, so that none replaces the channels of another."""
-    last = 0
-
-    def next_epoch() -> int:
-        nonlocal last
-        last = max(last + 1, int(wall_clock()))
-        return (lane << LANE_SHIFT) | last
-
-    return next_epoch
 
 
 class Workers:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
 import grpc
 
-from penstock.aio_batch import AsyncBatch, being_cancelled
+from penstock.aio_batch import AsyncBatch
 from penstock.base import ClientBase, GenerationBase, Metadata
 from penstock.batch import BatchProgress
 from penstock.cluster import ClusterChange, ClusterLoad, Tokens
+from penstock.compat import being_cancelled
 from penstock.errors import RequestCancelledError
 from penstock.progress import Progress
 from penstock.rpc import (
@@ -35,6 +36,8 @@ from penstock.v1.inference_pb2_grpc import InferenceStub
 from penstock.v1.trace_pb2_grpc import TracesStub
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from penstock.aio_batch import BatchCall
     from penstock.v1.admin_pb2_grpc import AdminAsyncStub
     from penstock.v1.inference_pb2_grpc import InferenceAsyncStub
@@ -86,8 +89,9 @@ class AsyncGeneration(GenerationBase):
                 response = await self._call.read()
                 return response if isinstance(response, pb.GenerateResponse) else None  # else: grpc.aio.EOF
             except asyncio.CancelledError:
+                closed = self._progress.closed
                 await self.aclose()
-                if not being_cancelled():
+                if not being_cancelled(closed=closed):
                     self._progress.open()
                 raise
             except grpc.RpcError as failure:
@@ -251,7 +255,7 @@ class AsyncClient(ClientBase[AsyncGeneration, AsyncBatch]):
         try:
             return await method(request, **self._control_options())
         except asyncio.CancelledError:
-            if being_cancelled():
+            if being_cancelled(closed=self._closed):
                 raise
             raise RequestCancelledError("this client was closed") from None
         except grpc.RpcError as failure:

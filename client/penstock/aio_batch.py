@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import grpc
 
 from penstock.batch import BatchProgress, IndexedDelta
+from penstock.compat import being_cancelled
 from penstock.types import Result
 from penstock.v1 import inference_pb2 as pb
 
-
-def being_cancelled() -> bool:
-    """Whether it is the running task that is cancelled: gRPC raises CancelledError for a cancelled call as well."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 if TYPE_CHECKING:
+    from typing import Self
+
     BatchCall = grpc.aio.UnaryStreamCall[pb.GenerateBatchRequest, pb.GenerateBatchResponse]
 
 
@@ -53,8 +49,9 @@ class AsyncBatch:
             try:
                 response = await self._call.read()
             except asyncio.CancelledError:
+                closed = self._progress.closed
                 await self.aclose()
-                if not being_cancelled():
+                if not being_cancelled(closed=closed):
                     self._progress.open()
                 raise
             except grpc.RpcError as failure:

@@ -8,7 +8,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
@@ -22,6 +22,9 @@ from penstock.sampling import Sampling, checked
 from penstock.status import error_from
 from penstock.types import FinishReason, Message, Stats, TokenLogprobs, Usage
 from penstock.v1.inference_pb2 import GenerateBatchRequest, GenerateRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 CONTROL_TIMEOUT_S = 10.0

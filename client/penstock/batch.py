@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
@@ -15,6 +15,9 @@ from penstock.rpc import Finished, Started, event_of
 from penstock.status import error_from, error_of_status
 from penstock.types import Delta, Result
 from penstock.v1 import inference_pb2 as pb
+
+if TYPE_CHECKING:
+    from typing import Self
 
 IndexedDelta = tuple[int, Delta]
 """Which of the prompts, counted from 0, and what has come for it."""
@@ -45,6 +48,11 @@ class BatchProgress:
     def remaining_s(self) -> float | None:
         """Time left for an attempt, as gRPC takes it: None is no limit."""
         return None if math.isinf(self._deadline_s) else max(0.0, self._deadline_s - self._clock())
+
+    @property
+    def closed(self) -> bool:
+        """Nothing more will come, well or not."""
+        return self._over or self._error is not None
 
     def open(self) -> bool:
         """Whether more may come. Raises the error that ended the batch, if one did."""

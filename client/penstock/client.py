@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 
@@ -30,6 +30,9 @@ from penstock.v1 import inference_pb2 as pb
 from penstock.v1.admin_pb2_grpc import AdminStub
 from penstock.v1.inference_pb2_grpc import InferenceStub
 from penstock.v1.trace_pb2_grpc import TracesStub
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class Call(Iterator[pb.GenerateResponse], Protocol):

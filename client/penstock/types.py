@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
+from penstock.compat import StrEnum
 from penstock.errors import PenstockError
 
 

@@ -14,8 +14,8 @@ from core.errors import UnavailableError
 from penstock.v1 import inference_pb2, worker_pb2_grpc
 from penstock.v1 import worker_pb2 as pb
 from router.config import DispatchConfig
+from router.epochs import wall_clock_epochs
 from router.registry_service import RegistryService
-from router.workers import wall_clock_epochs
 from tests.router.fake_tokens import continuation, key_of
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import SESSIONS, Harness, harness, pair_of_workers, read
