@@ -12,8 +12,8 @@ from core.request import FinishReason, Request, RequestState
 from core.sampling import SamplingParams
 
 STOP = 99
-W, R, H, F = RequestState.WAITING, RequestState.RUNNING, RequestState.HELD, RequestState.FINISHED
-EDGES = {(W, R), (W, H), (W, F), (R, W), (R, H), (R, F), (H, R), (H, F)}
+W, R, H, P, F = RequestState
+EDGES = {(W, R), (W, H), (W, F), (R, W), (R, H), (R, P), (R, F), (H, R), (H, F), (P, R), (P, W), (P, F)}
 
 
 def request(prompt: list[int] | None = None, *, num_prompt_tokens: int = -1, **sampling: Any) -> Request:

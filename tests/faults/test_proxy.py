@@ -96,7 +96,7 @@ def test_a_cut_breaks_what_there_is_and_refuses_what_comes(proxy: Proxy, echo: s
         proxy.cut()
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
-    with dial(address) as refused, pytest.raises(ConnectionError):
+    with pytest.raises(ConnectionError), dial(address) as refused:  # while it is being made, or once it is read
         refused.recv(1)
     proxy.turn(Weather())
     with dial(address) as again:
