@@ -6,6 +6,7 @@ import logging
 import queue
 from dataclasses import dataclass
 
+from cluster.load import load_of
 from cluster.session import RouterSession
 from cluster.steps import Step, StepHook, pass_by
 from core.clock import Clock
@@ -369,27 +370,7 @@ class Worker:
     # ---- state
 
     def load(self) -> Load:
-        scheduler, index = self._engine.scheduler, self._engine.pool.index
-        counts, parking = scheduler.draft_counts, scheduler.parking_counts
-        return Load(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting + scheduler.num_parked,
-            num_held=scheduler.num_held,
-            num_free_blocks=self._engine.pool.num_free_blocks,
-            num_preemptions=scheduler.num_preemptions,
-            num_waiting_tokens=scheduler.num_waiting_tokens,
-            draining=self._draining_until is not None,
-            num_prefix_queries=index.num_queries if index is not None else 0,
-            num_prefix_hits=index.num_hits if index is not None else 0,
-            mask_wait_s=self._engine.runner.mask_wait_s,
-            num_drafts=counts.num_drafts,
-            num_draft_tokens=counts.num_draft_tokens,
-            num_accepted_tokens=counts.num_accepted_tokens,
-            num_parked=scheduler.num_parked,
-            parked_bytes=parking.num_held_blocks * self._engine.layout.bytes_per_block,
-            num_parks=parking.num_parks,
-            num_recomputes=parking.num_recomputes,
-        )
+        return load_of(self._engine, draining=self._draining_until is not None)
 
     def check_integrity(self) -> None:
         """`IntegrityError` where something is held for nobody. Engine thread, or while it does not run."""
