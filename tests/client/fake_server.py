@@ -185,12 +185,16 @@ class _Servicer(InferenceServicer):
     def WatchCluster(  # noqa: N802
         self, request: pb.WatchClusterRequest, context: Any
     ) -> Iterator[pb.WatchClusterResponse]:
-        yield from self._fake.answers.changes
         gone = threading.Event()
-        if not context.add_callback(gone.set):
+
+        def end() -> None:  # who cancels between two changes is not asked for the next: nothing below runs then
+            self._fake.cancelled.put("watch")
             gone.set()
+
+        if not context.add_callback(end):
+            end()
+        yield from self._fake.answers.changes
         gone.wait(DEADLINE_S)
-        self._fake.cancelled.put("watch")
 
 
 class _Admin(AdminServicer):
