@@ -64,6 +64,7 @@ class WorkerProcess:
         configure_logging(sys.stderr, level=spec.log_level)
         self._network = WorkerNetwork.of(spec.security)
         self._engine = Engine.from_checkpoint(spec.model, spec.engine, spec.cpus)
+        self._engine.warm_up()
         self._kv = self._make_plane(
             self._incarnation, self._engine.storage, spec.host, spec.transfer, time.monotonic, self._notify
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from core.kv_layout import KVLayout
+from core.sampling import SamplingParams
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.grammar import GrammarMasks
@@ -18,7 +19,7 @@ from engine.loading import load_model
 from engine.memory import num_blocks_that_fit, num_host_blocks
 from engine.model import Model
 from engine.model_config import ModelConfig
-from engine.plan import StepOutput
+from engine.plan import Plan, PlanEntry, StepOutput
 from engine.prefix_index import PrefixIndex
 from engine.runner import Runner
 from engine.scheduler import Scheduler
@@ -71,6 +72,14 @@ class Engine:
         grammars = GrammarMasks.from_checkpoint(Path(path), model_config.vocab_size, model_config.eos_token_ids)
         runner = Runner(model, storage, grammars, host)
         return cls(model_config, loaded.layout, pool, scheduler, model, runner, storage, max_model_len)
+
+    def warm_up(self) -> None:
+        """Run a step in a block that nobody holds: the first one of a process takes many times as long as others.
+
+        Only before the first request.
+        """
+        token_ids = (0,) * self.layout.block_size
+        self.runner.run(Plan((PlanEntry("warm-up", token_ids, 0, (0,), SamplingParams(max_tokens=1)),)))
 
     def step(self, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
         """Schedule, run, and update once. Empty where there is nothing to do, or no prompt came to its end."""

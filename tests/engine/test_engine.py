@@ -54,6 +54,17 @@ def test_the_layout_is_that_of_model_and_configuration(folder: Path, config: Eng
     assert engine.pool.num_blocks == engine.storage.num_blocks == 200
 
 
+def test_warming_up_leaves_nothing_behind_but_what_it_wrote(folder: Path, config: EngineConfig) -> None:
+    cold, warm = (Engine.from_checkpoint(folder, config) for _ in range(2))
+    warm.warm_up()
+    warm.scheduler.check_integrity()
+    assert warm.storage.layers[0][0].any()
+    assert warm.pool.num_free_blocks == config.num_blocks
+    zeros = Request("zeros", [0] * 20, GREEDY)  # begins with what was warmed up with
+    assert run(warm, zeros) == run(cold, Request("zeros", [0] * 20, GREEDY))
+    assert zeros.num_cached_tokens == 0
+
+
 def test_auto_means_float32_on_cpu(folder: Path) -> None:
     engine = Engine.from_checkpoint(folder, EngineConfig(num_blocks=4, device="cpu"))
     assert (engine.layout.dtype, engine.storage.device.type) == ("float32", "cpu")
