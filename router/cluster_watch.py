@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from core.messages import Load
+from router.changing import Changing
 from router.info import ClusterInfo, PairInfo, WorkerInfo
 
 RECHECK_S = 2.0
@@ -52,22 +53,12 @@ class Known:
         return change
 
 
-class ClusterWatch:
+class ClusterWatch(Changing):
     """Hands the changes of a cluster to any number of watchers. Lives on one event loop."""
 
     def __init__(self, info: Callable[[], ClusterInfo]) -> None:
+        super().__init__()
         self._info = info
-        self._changed = asyncio.Event()
-        self._stopping = False
-
-    def on_change(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
-    def stop(self) -> None:
-        """Every watcher ends."""
-        self._stopping = True
-        self.on_change()
 
     async def changes(self) -> AsyncGenerator[ClusterChange]:
         """All that there is, even where that is nothing, then what changes, until `stop`."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from router.changing import Changing
 
 SERVICE = "grpc.health.v1.Health"
 
@@ -15,26 +16,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _Reply = health_pb2.HealthCheckResponse
 
 
-class Health(health_pb2_grpc.HealthServicer):
+class Health(Changing, health_pb2_grpc.HealthServicer):
     """Asks whether a service can serve when it is asked, and, for those who watch, whenever `on_change` was called.
 
     `services` has a question for each by name, and one for the server as a whole (""). Unlike grpcio's own servicer, it
-    lets go of those who watch when the server stops, which else would wait for them.
+    lets go of those who watch when the server stops, which else would wait for them: NOT_SERVING from then on.
     """
 
     def __init__(self, services: Mapping[str, Callable[[], bool]]) -> None:
+        super().__init__()
         self._services = services
-        self._changed = asyncio.Event()
-        self._stopping = False
-
-    def on_change(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
-    def stop(self) -> None:
-        """NOT_SERVING from now on, whatever happens."""
-        self._stopping = True
-        self.on_change()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> _Reply:  # noqa: N802
         if request.service not in self._services:
