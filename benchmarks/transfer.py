@@ -16,17 +16,12 @@ one object, {"rows": [...]}.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from dataclasses import asdict
-from datetime import date
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.command import run_command
 from benchmarks.recovery import recovery_rows
 from benchmarks.rows import Row
 from benchmarks.transfer_link import CPU, Load, in_turns, link
@@ -113,28 +108,5 @@ def run(num_mib: int, num_repeats: int, *, with_recovery: bool = False) -> list[
     return rows + (recovery_rows() if with_recovery else [])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few repetitions: within 50 s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, help="a file for the results")
-    arguments = parser.parse_args()
-    quick = arguments.quick
-    rows = [asdict(row) for row in run(16, 5 if quick else 25, with_recovery=not quick)]
-    if arguments.output is not None:
-        command = f"python -m benchmarks.transfer{' --quick' if quick else ''}"
-        result = {"command": command, "date": date.today().isoformat(), "machine": machine(), "rows": rows}
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    if arguments.json:
-        print(json.dumps({"rows": rows}))
-        return
-    for row in rows:
-        peer = "" if row["peer"] is None else f"peer {row['peer']:,.4g}, ratio {row['ratio']:.3f}, "
-        verdict = "ok" if row["ok"] else "missed"
-        print(f"{row['name']:48} {row['value']:>10,.4g} {row['unit']:9} {peer}target {row['target']:.3g}: {verdict}")
-        if row["detail"]:
-            print(f"    {row['detail']}")
-
-
 if __name__ == "__main__":
-    main()
+    run_command("transfer", __doc__, lambda quick: run(16, 5 if quick else 25, with_recovery=not quick))

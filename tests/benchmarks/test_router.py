@@ -17,6 +17,6 @@ def test_the_fleet_has_workers_of_every_role_and_knows_as_many_blocks_as_is_said
     assert fleet.cache_kinds == {CACHE}
 
 
-def test_a_mean_above_the_limit_is_a_miss() -> None:
+def test_a_median_above_the_limit_is_a_miss() -> None:
     assert row_of("x", [40e-6] * 100, 50).ok
     assert not row_of("x", [60e-6] * 100, 50).ok
