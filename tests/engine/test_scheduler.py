@@ -8,45 +8,9 @@ from core.errors import ConfigError, IntegrityError, InvalidRequestError
 from core.request import FinishReason, Request, RequestState
 from core.sampling import SamplingParams
 from engine.block_pool import BlockPool
-from engine.plan import Drawn, Plan, StepOutput, StepResult
+from engine.plan import StepOutput
 from engine.scheduler import Scheduler
-
-STOP = 0
-ANY = 7
-
-
-def make(
-    num_blocks: int = 16, block_size: int = 4, max_num_batched_tokens: int = 32, max_num_seqs: int = 8
-) -> tuple[Scheduler, BlockPool]:
-    pool = BlockPool(num_blocks, block_size)
-    return Scheduler(
-        pool,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        max_model_len=num_blocks * block_size,
-    ), pool
-
-
-def request(request_id: str, num_prompt: int, max_tokens: int = 100) -> Request:
-    return Request(
-        request_id, list(range(1, num_prompt + 1)), SamplingParams(max_tokens=max_tokens, stop_token_ids=(STOP,))
-    )
-
-
-def result(plan: Plan, token_id: int = ANY) -> StepResult:
-    return StepResult({entry.request_id: Drawn((token_id,)) for entry in plan.entries if entry.sampling is not None})
-
-
-def step(scheduler: Scheduler, token_id: int = ANY) -> tuple[Plan, list[StepOutput]]:
-    plan = scheduler.schedule()
-    outputs = scheduler.update(plan, result(plan, token_id))
-    scheduler.check_integrity()
-    return plan, outputs
-
-
-def shape(plan: Plan) -> list[tuple[str, int, int, bool]]:
-    """(request, start, end, whether a token is drawn) of each entry."""
-    return [(e.request_id, e.start, e.end, e.sampling is not None) for e in plan.entries]
+from tests.engine.scheduling import ANY, STOP, make, request, result, shape, step
 
 
 def test_a_prompt_within_the_budget_is_prefilled_and_sampled_in_one_step() -> None:
@@ -367,47 +331,3 @@ def test_a_request_can_not_be_added_twice() -> None:
 def test_a_model_length_that_the_pool_could_never_hold_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_model_len: got 9"):
         Scheduler(BlockPool(2, 4), max_num_batched_tokens=8, max_num_seqs=1, max_model_len=9)
-
-
-def test_a_successor_takes_over_what_was_computed_and_the_blocks() -> None:
-    """It knows fewer tokens; the last of these is computed anew, and the next drawn."""
-    scheduler, pool = make(num_blocks=8)
-    scheduler.add(request("a", 6))
-    for _ in range(5):
-        step(scheduler)
-    table, waiting = pool.table("a"), request("waiting", 23)
-    scheduler.add(waiting)
-    after = Request("b", [1, 2, 3, 4, 5, 6, ANY, ANY], SamplingParams(max_tokens=100), num_prompt_tokens=6)
-    assert scheduler.succeed("a", after)
-    scheduler.check_integrity()
-    assert list(scheduler.requests) == ["waiting", "b"]
-    assert pool.table("b") == table
-    plan, outputs = step(scheduler)
-    assert shape(plan)[0] == ("b", 7, 8, True)
-    assert (outputs[0].request, after.state, after.num_cached_tokens) == (after, RequestState.HELD, 7)
-    scheduler.release("b")
-    scheduler.release("waiting")
-    assert pool.num_free_blocks == pool.num_blocks
-
-
-@pytest.mark.parametrize("tokens", [[1, 2, 3, 4, 9], [1, 2, 3, 4, 5, 6, ANY, ANY, ANY, ANY]])
-def test_one_that_knows_other_tokens_or_more_is_no_successor(tokens: list[int]) -> None:
-    scheduler, pool = make()
-    scheduler.add(request("a", 6))
-    for _ in range(2):
-        step(scheduler)
-    table = pool.table("a")
-    after = Request("b", tokens, SamplingParams(max_tokens=100))
-    assert not scheduler.succeed("a", after)
-    assert not scheduler.succeed("unknown", after)
-    scheduler.check_integrity()
-    assert (list(scheduler.requests), pool.table("a")) == (["a"], table)
-
-
-def test_one_that_is_being_computed_has_no_successor() -> None:
-    scheduler, _ = make()
-    scheduler.add(request("a", 6))
-    step(scheduler)
-    plan = scheduler.schedule()
-    assert not scheduler.succeed("a", Request("b", [1, 2, 3, 4, 5, 6], SamplingParams(max_tokens=100)))
-    scheduler.update(plan, result(plan))
