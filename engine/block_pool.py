@@ -111,11 +111,17 @@ class BlockPool:
     def hand_on(self, request_id: str, successor: str, num_tokens: int) -> bool:
         """The successor, which holds none, gets the request's blocks for `num_tokens` positions; others become free.
 
-        False, and no change, where there are too few.
+        The last two of these positions are still to be computed, again perhaps: what their blocks held is not found any
+        more. False, and no change, where there are too few blocks, or somebody else holds one that would be written.
         """
-        if not self.allocate(request_id, num_tokens):
+        num_blocks, first = self.num_blocks_for(num_tokens), max(0, num_tokens - 2) // self.block_size
+        written = self._tables[request_id][first:num_blocks]
+        if any(self._num_holders[block] > 1 for block in written) or not self.allocate(request_id, num_tokens):
             return False
-        table, num_blocks = self._tables[request_id], self.num_blocks_for(num_tokens)
+        for block in written:
+            if self.index is not None and block in self.index:
+                self.index.remove(block)
+        table = self._tables[request_id]
         self._tables[successor], self._tables[request_id] = table[:num_blocks], table[num_blocks:]
         self.free(request_id)
         return True

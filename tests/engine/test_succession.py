@@ -4,6 +4,9 @@ import pytest
 
 from core.request import Request, RequestState
 from core.sampling import SamplingParams
+from engine.block_pool import BlockPool
+from engine.prefix_index import PrefixIndex
+from engine.scheduler import Scheduler
 from tests.engine.scheduling import ANY, make, request, result, shape, step
 
 
@@ -49,3 +52,37 @@ def test_one_that_is_being_computed_has_no_successor() -> None:
     plan = scheduler.schedule()
     assert not scheduler.succeed("a", Request("b", [1, 2, 3, 4, 5, 6], SamplingParams(max_tokens=100)))
     scheduler.update(plan, result(plan))
+
+
+def decoding_with_a_cache(*outputs: int) -> tuple[Scheduler, BlockPool]:
+    """One that has drawn these, in blocks of two positions that others may share once they are full."""
+    pool = BlockPool(8, 2, PrefixIndex("m", 2))
+    scheduler = Scheduler(pool, max_num_batched_tokens=32, max_num_seqs=8, max_model_len=16)
+    scheduler.add(request("a", 3))
+    for token_id in outputs:
+        step(scheduler, token_id)
+    return scheduler, pool
+
+
+def test_what_a_successor_computes_again_is_found_by_nobody_meanwhile() -> None:
+    """A block that is found is not written, not even with what it holds already."""
+    scheduler, pool = decoding_with_a_cache(7, 7, 7)
+    assert scheduler.succeed("a", Request("b", [1, 2, 3, 7], SamplingParams(max_tokens=9), num_prompt_tokens=3))
+    other = Request("c", [1, 2, 3, 7, 9], SamplingParams(max_tokens=9))
+    assert len(pool.find(other)) == 1
+    scheduler.add(other)
+    plan, _ = step(scheduler, 7)
+    first = {entry.request_id: entry for entry in plan.entries}
+    assert not set(first["b"].block_ids[first["b"].start // 2 :]) & set(first["c"].block_ids)
+
+
+def test_a_block_that_somebody_shares_is_not_handed_on_to_be_computed_again() -> None:
+    scheduler, pool = decoding_with_a_cache(7, 7, 7)
+    scheduler.add(Request("c", [1, 2, 3, 7, 9], SamplingParams(max_tokens=9)))
+    step(scheduler, 7)
+    assert len(set(pool.table("a")) & set(pool.table("c"))) == 2
+    before = pool.table("a")
+    after = Request("b", [1, 2, 3, 7], SamplingParams(max_tokens=9), num_prompt_tokens=3)
+    assert not scheduler.succeed("a", after)
+    scheduler.check_integrity()
+    assert (list(scheduler.requests), pool.table("a")) == (["a", "c"], before)
