@@ -24,7 +24,7 @@ from cluster.launcher import SubprocessLauncher
 from cluster.steps import Step
 from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
-from penstock import Client, ServerInfo, UnavailableError
+from penstock import Client, PairInfo, ServerInfo, UnavailableError
 from router.config import DispatchConfig, PlacementConfig, RouterConfig
 from tests.faults.network import Way
 from tests.faults.process import NETWORK, SOCKET
@@ -209,18 +209,23 @@ class World:
         self.wait_until(nothing_is_held, timeout_s)
 
     def wait_until_whole(self, timeout_s: float = WAIT_S) -> None:
-        """Every worker is there, every pair is up, and nothing is held for anybody."""
+        """Every worker is there, every pair by which prompts go is up, and nothing is held for anybody."""
         num_workers = len(worker_specs(self.cluster.config))
         pools = self.cluster.config
         num_pairs = pools.prefill.num_workers * pools.decode.num_workers
         self.wait_until(
             lambda info: (
                 sum(w.connected for w in info.workers) == num_workers
-                and sum(pair.up for pair in info.pairs) >= num_pairs
+                and sum(pair.up for pair in info.pairs if goes_to_decode(pair)) == num_pairs
                 and nothing_is_held(info)
             ),
             timeout_s,
         )
+
+
+def goes_to_decode(pair: PairInfo) -> bool:
+    """Others, by which prefill workers are brought what a decode worker wrote, come and go."""
+    return pair.prefill_worker.startswith("prefill")
 
 
 def nothing_is_held(info: ServerInfo) -> bool:
